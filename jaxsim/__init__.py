@@ -1,0 +1,69 @@
+"""jaxsim: exact, vectorised simulation of what preference tuning does to an output distribution.
+
+Names are imported on first use, so that `import jaxsim` alone loads no JAX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxsim.engine.lift import evaluate as evaluate
+    from jaxsim.engine.lift import mixture_weights as mixture_weights
+    from jaxsim.engine.lift import objective as objective
+    from jaxsim.engine.lift import optimal_policy as optimal_policy
+    from jaxsim.engine.lift import theorem2 as theorem2
+    from jaxsim.engine.lift import tpm as tpm
+    from jaxsim.engine.loop import solve as solve
+    from jaxsim.engine.tiles import sample_instances as sample_instances
+    from jaxsim.families.spec import Components as Components
+    from jaxsim.families.spec import Family as Family
+    from jaxsim.families.spec import Rewards as Rewards
+    from jaxsim.families.spec import Scalar as Scalar
+    from jaxsim.instance import Instance as Instance
+    from jaxsim.logspace import kl_divergence as kl_divergence
+    from jaxsim.descent import Solution as Solution
+    from jaxsim.descent import Status as Status
+    from jaxsim.theorem import Outcome as Outcome
+    from jaxsim.theorem import Verdict as Verdict
+    from jaxsim.tilting import Evaluation as Evaluation
+    from jaxsim.tilting import MixtureWeights as MixtureWeights
+    from jaxsim.tilting import take_back_logits as take_back_logits
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Components": "families.spec",
+    "Evaluation": "tilting",
+    "Family": "families.spec",
+    "Instance": "instance",
+    "MixtureWeights": "tilting",
+    "Outcome": "theorem",
+    "Rewards": "families.spec",
+    "Scalar": "families.spec",
+    "Solution": "descent",
+    "Status": "descent",
+    "Verdict": "theorem",
+    "evaluate": "engine.lift",
+    "kl_divergence": "logspace",
+    "mixture_weights": "engine.lift",
+    "objective": "engine.lift",
+    "optimal_policy": "engine.lift",
+    "sample_instances": "engine.tiles",
+    "solve": "engine.loop",
+    "take_back_logits": "tilting",
+    "theorem2": "engine.lift",
+    "tpm": "engine.lift",
+}
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxsim' has no attribute {name!r}")
+    value = getattr(import_module(f"jaxsim.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,331 @@
+"""The paper's claims, each judged on tiles of instances and summed, and the shrinking of a failure.
+
+A claim is a function of a `Case` that says, per instance, whether it applies, by how much it holds
+(`margin`, negative where it fails) and whether rounding leaves it open. Sums over tiles are plain
+numbers, so that they can be combined in any order.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsim.instance import Instance
+from jaxsim.logspace import LOG_ZERO, finite_log, total, unit_roundoff
+from jaxsim.theorem import Outcome, Verdict, verdict
+from jaxsim.tilting import (
+    Evaluation,
+    Tilt,
+    evaluation,
+    log_reference,
+    objective,
+    take_back_logits,
+    tilt,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A tile of instances with everything that claims are judged by."""
+
+    instance: Instance
+    tilt: Tilt
+    evaluation: Evaluation
+    verdict: Verdict
+    counted: Bool[Array, "instances"]  # not padding, and all results finite
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """A claim on each instance of a tile."""
+
+    applies: Bool[Array, "instances"]
+    margin: Float[Array, "instances"]
+    failed: Bool[Array, "instances"]
+    undecided: Bool[Array, "instances"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """A claim's sums over a tile."""
+
+    tried: Int[Array, ""]
+    failed: Int[Array, ""]
+    undecided: Int[Array, ""]
+    worst_margin: Float[Array, ""]
+    worst_row: Int[Array, ""]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One claim of the paper and how it is judged.
+
+    Attributes:
+        name: its key in tables and files.
+        statement: what the paper says, in the paper's symbols.
+        margin_is: what the margin measures, with its unit.
+        judge: the judgement on a tile; None for the one that needs descent.
+        everywhere: judged on all instances rather than on the audited part.
+    """
+
+    name: str
+    statement: str
+    margin_is: str
+    judge: Callable[[Case], Judgement] | None
+    everywhere: bool
+
+
+def case(instance: Instance, real: Bool[Array, "instances"]) -> Case:
+    """Evaluate a tile once for all claims; `real` marks the rows that are not padding."""
+    x = tilt(instance)
+    results = evaluation(instance, x)
+    finite = jnp.all(jnp.stack([jnp.isfinite(f) for f in jax.tree.leaves(results)]), axis=0)
+    return Case(
+        instance=instance,
+        tilt=x,
+        evaluation=results,
+        verdict=verdict(instance, x),
+        counted=real & finite,
+    )
+
+
+def tally(judgement: Judgement) -> Tally:
+    """Sum a judgement over its tile."""
+    margin = jnp.where(judgement.applies, judgement.margin, jnp.inf)
+    return Tally(
+        tried=jnp.sum(judgement.applies),
+        failed=jnp.sum(judgement.applies & judgement.failed),
+        undecided=jnp.sum(judgement.applies & judgement.undecided),
+        worst_margin=jnp.min(margin),
+        worst_row=jnp.argmin(margin),
+    )
+
+
+def _within(c: Case, error: Array, allowed: Array) -> Judgement:
+    """Judge an identity: it fails where the error exceeds what rounding allows."""
+    margin = allowed - error
+    return Judgement(
+        applies=c.counted,
+        margin=margin,
+        failed=~(margin >= 0),
+        undecided=jnp.zeros_like(c.counted),
+    )
+
+
+def _rounding(c: Case) -> Array:
+    """What rounding may do to a log-probability of p*, and so to a sum of relative errors."""
+    size = jnp.max(jnp.abs(c.tilt.t), axis=0) + jnp.abs(c.tilt.log_z_centered[0])
+    for part in (c.tilt.aligned, c.tilt.unaligned):
+        information = jnp.where(part.log_p > LOG_ZERO, jnp.abs(part.log_p), 0.0)
+        size = jnp.maximum(size, jnp.max(information, axis=0))
+    return 32 * unit_roundoff(c.tilt.t.dtype) * (1.0 + size + jnp.abs(c.instance.logit_alpha))
+
+
+def _total_variation(c: Case, log_p: Array, log_q: Array) -> Array:
+    difference = jnp.abs(jnp.exp(finite_log(log_p)) - jnp.exp(finite_log(log_q)))
+    return 0.5 * total(jnp.where(c.tilt.support, difference, 0.0))[0]
+
+
+def _softmax_log(logits: Array) -> Array:
+    return jax.nn.log_softmax(finite_log(logits), axis=0)
+
+
+def _log_p_star(c: Case) -> Array:
+    return log_reference(c.tilt) + (c.tilt.t - c.tilt.log_z_centered)
+
+
+def _closed_form(c: Case) -> Judgement:
+    """L(p*) by its definition against L of five other policies: none may exceed it."""
+    best = objective(_log_p_star(c), c.instance)
+    log_ref = log_reference(c.tilt)
+    rivals = [
+        log_ref,
+        c.tilt.aligned.log_p - c.tilt.aligned.log_total,
+        c.tilt.unaligned.log_p - c.tilt.unaligned.log_total,
+        _softmax_log(finite_log(log_ref) + 0.5 * c.tilt.t),
+        _softmax_log(finite_log(log_ref) + 2.0 * c.tilt.t),
+    ]
+    lead = jnp.stack([best - objective(q, c.instance) for q in rivals]).min(axis=0)
+    slack = _rounding(c) * (1 + jnp.abs(best / c.instance.beta) + c.tilt.spread[0])
+    margin = lead / c.instance.beta
+    return Judgement(
+        applies=c.counted,
+        margin=margin,
+        failed=~(margin >= -slack),
+        undecided=jnp.zeros_like(c.counted),
+    )
+
+
+def _lemma_1(c: Case) -> Judgement:
+    """The mixture with Lemma 1's weights against a plain softmax of log p_ref + r/β."""
+    log_ratio = c.tilt.t - c.tilt.log_z_centered
+    mixed = jnp.logaddexp(
+        c.tilt.log_alpha + log_ratio + c.tilt.aligned.log_p - c.tilt.aligned.log_total,
+        c.tilt.log_not_alpha + log_ratio + c.tilt.unaligned.log_p - c.tilt.unaligned.log_total,
+    )
+    direct = _softmax_log(finite_log(log_reference(c.tilt)) + c.tilt.t)
+    return _within(c, _total_variation(c, mixed, direct), _rounding(c))
+
+
+def _supports(c: Case) -> Judgement:
+    log_p = _log_p_star(c)
+    kept = jnp.all(jnp.isfinite(log_p) == c.tilt.support, axis=0)
+    smallest = jnp.min(jnp.where(c.tilt.support, log_p, 0.0), axis=0)
+    return Judgement(
+        applies=c.counted,
+        margin=smallest,
+        failed=~kept,
+        undecided=jnp.zeros_like(c.counted),
+    )
+
+
+def _strict(c: Case) -> Judgement:
+    smaller = jnp.minimum(c.evaluation.log_tpm_aligned, c.evaluation.log_tpm_unaligned)
+    return Judgement(
+        applies=c.counted,
+        margin=smaller,
+        failed=~(jnp.isfinite(smaller) & (smaller < 0)),
+        undecided=jnp.zeros_like(c.counted),
+    )
+
+
+def _theorem_2(c: Case) -> Judgement:
+    return Judgement(
+        applies=c.counted & c.verdict.hypotheses_hold,
+        margin=c.verdict.log_odds_shift,
+        failed=c.verdict.conclusion == Outcome.FAILS,
+        undecided=c.verdict.conclusion == Outcome.UNDECIDED,
+    )
+
+
+def _correlation(c: Case) -> Judgement:
+    """Cov(e^{r/β}, p_A) > 0 > Cov(e^{r/β}, p_U): E_A e^t > mean e^t > E_U e^t, in logs."""
+    x = c.tilt
+    count = jnp.sum(x.support, axis=0).astype(x.t.dtype)
+    masked = jnp.where(x.support, x.t, LOG_ZERO)
+    log_mean = jax.nn.logsumexp(masked, axis=0) - jnp.log(count)
+    margin = jnp.minimum(x.aligned.cumulant[0] - log_mean, log_mean - x.unaligned.cumulant[0])
+    slack = _rounding(c)
+    return Judgement(
+        applies=c.counted & c.verdict.hypotheses_hold,
+        margin=margin,
+        failed=margin < -slack,
+        undecided=jnp.abs(margin) <= slack,
+    )
+
+
+def _shrinkage(c: Case) -> Judgement:
+    """The factor p*/p_ref is e^{r/β}/Z, not e^{r/β}: they differ by |log Z| on every output."""
+    margin = -jnp.abs(c.evaluation.log_z)
+    slack = _rounding(c) - 8 * unit_roundoff(margin.dtype) * margin
+    return Judgement(
+        applies=c.counted,
+        margin=margin,
+        failed=margin < -slack,
+        undecided=jnp.zeros_like(c.counted),
+    )
+
+
+def _take_back(c: Case) -> Judgement:
+    """Take-back logits recover the reference at (0, -1) and the optimum at β/2 at (2, 1)."""
+    log_p, log_ref = _log_p_star(c), log_reference(c.tilt)
+    back = _softmax_log(take_back_logits(log_p, log_ref, a=0.0, b=-1.0))
+    further = _softmax_log(take_back_logits(log_p, log_ref, a=2.0, b=1.0))
+    doubled = _softmax_log(finite_log(log_ref) + 2.0 * c.tilt.t)
+    error = jnp.maximum(
+        _total_variation(c, back, log_ref), _total_variation(c, further, doubled)
+    )
+    return _within(c, error, 4 * _rounding(c))
+
+
+def _not_expunged(c: Case) -> Judgement:
+    """log TPM(U) against its sharp lower bound (1-α)/(1-α+α e^R), R = (max r - min r)/β."""
+    bound = jax.nn.log_sigmoid(-(c.instance.logit_alpha + c.tilt.spread[0]))
+    margin = c.evaluation.log_tpm_unaligned - bound
+    possible = jnp.isfinite(_log_p_star(c)) | ~(c.tilt.unaligned.log_p > LOG_ZERO)
+    kept = jnp.all(possible, axis=0)
+    return Judgement(
+        applies=c.counted,
+        margin=margin,
+        failed=~(margin >= -_rounding(c)) | ~kept,
+        undecided=jnp.zeros_like(c.counted),
+    )
+
+
+CLAIMS = (
+    Claim(
+        name="closed_form_optimal",
+        statement="p* = p_ref e^{r/β} / Z maximises eq. (1)",
+        margin_is="lead over the best of five rival policies, nats",
+        judge=_closed_form,
+        everywhere=False,
+    ),
+    Claim(
+        name="lemma_1",
+        statement="p* = α_A(y) p_A + α_U(y) p_U (Lemma 1)",
+        margin_is="rounding allowance less total variation",
+        judge=_lemma_1,
+        everywhere=False,
+    ),
+    Claim(
+        name="equal_supports",
+        statement="p* and p_ref have the same support",
+        margin_is="least log p* on the support, nats",
+        judge=_supports,
+        everywhere=False,
+    ),
+    Claim(
+        name="tpm_strictly_inside",
+        statement="TPM(A) < 1 and TPM(U) > 0 (Theorem 2, strict part)",
+        margin_is="least log TPM, nats",
+        judge=_strict,
+        everywhere=True,
+    ),
+    Claim(
+        name="theorem_2",
+        statement="Cov(r, p_A) > 0 > Cov(r, p_U) implies TPM(A) ≥ α (Theorem 2)",
+        margin_is="least log-odds shift Δ, nats",
+        judge=_theorem_2,
+        everywhere=True,
+    ),
+    Claim(
+        name="correlation_kept",
+        statement="the correlations keep their signs under e^{r/β} (proof of Theorem 2)",
+        margin_is="least log ratio of means of e^{r/β}, nats",
+        judge=_correlation,
+        everywhere=True,
+    ),
+    Claim(
+        name="shrunk_by_exp_reward",
+        statement="p*(y)/p_ref(y) = e^{r/β} (section 1.4)",
+        margin_is="-|log Z|, nats",
+        judge=_shrinkage,
+        everywhere=True,
+    ),
+    Claim(
+        name="take_back_logits",
+        statement="a·log p* - b·log p_ref undoes or repeats the tuning (section 1.4)",
+        margin_is="rounding allowance less total variation",
+        judge=_take_back,
+        everywhere=False,
+    ),
+    Claim(
+        name="descent_reaches_optimum",
+        statement="optimising eq. (1) directly reaches the closed form",
+        margin_is="tolerance less KL(π‖p*), nats",
+        judge=None,
+        everywhere=False,
+    ),
+    Claim(
+        name="unaligned_stays_possible",
+        statement="outputs of U are never expunged: TPM(U) ≥ (1-α)/(1-α+α e^{range r/β})",
+        margin_is="log TPM(U) less its bound, nats",
+        judge=_not_expunged,
+        everywhere=True,
+    ),
+)

@@ -1,0 +1,1 @@
+"""The only place that batches: vmap, jit, tiles and devices live here."""

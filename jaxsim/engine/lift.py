@@ -1,0 +1,67 @@
+"""The public functions: each kernel, given its batch axis by the rank of the reward.
+
+Users' arrays are [instances, outputs]; the kernels take tiles [outputs, instances].
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsim import theorem, tilting
+from jaxsim.instance import Instance
+
+
+def lift(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a kernel accept one instance, or a batch with one leading axis."""
+    single = jax.jit(function)
+
+    @jax.jit
+    def batched(*args: Any) -> Any:
+        tile = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), args)
+        return jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), function(*tile))
+
+    @wraps(function)
+    def public(*args: Any) -> Any:
+        rank = _batch_rank(function.__name__, args)
+        return (batched if rank else single)(*args)
+
+    return public
+
+
+def _batch_rank(name: str, args: tuple[Any, ...]) -> int:
+    """Return 0 for one instance, 1 for a batch, after checking that all shapes agree."""
+    instance = args[-1]
+    if not isinstance(instance, Instance):
+        raise TypeError(f"{name}: expected an Instance, got {type(instance).__name__}")
+    shape = jnp.shape(instance.reward)
+    if len(shape) not in (1, 2):
+        raise ValueError(
+            f"{name}: reward has shape {shape}; expected [outputs] or [instances, outputs]"
+        )
+    expected = {
+        "log_p_aligned": shape,
+        "log_p_unaligned": shape,
+        "logit_alpha": shape[:-1],
+        "beta": shape[:-1],
+    }
+    for field, wanted in expected.items():
+        found = jnp.shape(getattr(instance, field))
+        if found != wanted:
+            raise ValueError(f"{name}: {field} has shape {found}; the reward calls for {wanted}")
+    for extra in args[:-1]:
+        if jnp.shape(extra) != shape:
+            raise ValueError(
+                f"{name}: log_policy has shape {jnp.shape(extra)}; the reward calls for {shape}"
+            )
+    return len(shape) - 1
+
+
+evaluate = lift(tilting.evaluate)
+optimal_policy = lift(tilting.optimal_policy)
+mixture_weights = lift(tilting.mixture_weights)
+objective = lift(tilting.objective)
+tpm = lift(tilting.tpm)
+theorem2 = lift(theorem.theorem2)

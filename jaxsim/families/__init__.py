@@ -1,0 +1,1 @@
+"""Families of random instances: descriptions (`spec`), random words (`counter`), draws (`draw`)."""

@@ -1,0 +1,76 @@
+"""Random numbers by counter: word w of instance i is a function of (key, i, w), and of nothing else.
+
+Threefry-2x32 (Salmon et al. 2011), written as array operations so that XLA fuses it with what
+consumes the words. The block cipher is that of `jax.extend.random.threefry_2x32`. An instance has a
+64-bit index in two uint32, whether or not JAX's 64-bit mode is on: the high word is folded into the
+key, the low word and the number of the block are the counter.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, UInt32
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+_PURPOSE_BLOCKS = 1 << 24  # blocks set apart per purpose: 2^20 outputs, 16 attempts each
+
+
+def threefry_2x32(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Encrypt a two-word counter with a two-word key: 20 rounds, all arrays uint32."""
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(_PARITY))
+    x, y = counter[0] + schedule[0], counter[1] + schedule[1]
+    for step in range(5):
+        for bits in _ROTATIONS[step % 2]:
+            x = x + y
+            y = ((y << jnp.uint32(bits)) | (y >> jnp.uint32(32 - bits))) ^ x
+        x = x + schedule[(step + 1) % 3]
+        y = y + schedule[(step + 2) % 3] + jnp.uint32(step + 1)
+    return x, y
+
+
+def key_words(key: jax.Array) -> UInt32[Array, "2"]:
+    """Return the two words of a typed threefry key.
+
+    Raises:
+        TypeError: for a raw uint32 key or another implementation's.
+    """
+    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+        raise TypeError("key: expected a typed key, as jax.random.key(0) makes")
+    words = jax.random.key_data(key)
+    if words.shape != (2,):
+        raise TypeError(f"key: expected one threefry2x32 key, got {jax.random.key_impl(key)!r}")
+    return words
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """The random words of one instance, or of a tile of them.
+
+    Attributes:
+        key: two words, [] or [instances] each: the key with the high word of the index folded in.
+        index: the low word of the instance's index, [] or [instances].
+    """
+
+    key: tuple[Array, Array]
+    index: Array
+
+    @classmethod
+    def of(cls, words: UInt32[Array, "2"], high: Array, low: Array) -> "Stream":
+        """Return the stream of instance high·2^32 + low under a key."""
+        key = threefry_2x32((words[0], words[1]), (high, jnp.full_like(high, 0xFFFFFFFF)))
+        return cls(key=key, index=low)
+
+    def words(self, purpose: int, count: int, attempt: Array | int = 0) -> tuple[Array, Array]:
+        """Return two uint32 arrays [count] (or [count, instances]) set apart for `purpose`."""
+        row = jnp.arange(count, dtype=jnp.uint32) + jnp.uint32(purpose * _PURPOSE_BLOCKS)
+        row = row.reshape((count,) + (1,) * self.index.ndim)
+        # Attempts 0, 1, … of a rejection sampler lie 2^20 blocks apart, beyond any output.
+        row = row + jnp.asarray(attempt, jnp.uint32) * jnp.uint32(1 << 20)
+        shape = (count, *self.index.shape)
+        key = tuple(jnp.broadcast_to(word, shape) for word in self.key)
+        return threefry_2x32(
+            (key[0], key[1]), (jnp.broadcast_to(self.index, shape), jnp.broadcast_to(row, shape))
+        )

@@ -1,0 +1,100 @@
+"""Axes whose ticks are chosen here: quicker than matplotlib's locators, and without mathtext."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import NullLocator
+
+from jaxsim.figures.labels import beta_name, number
+
+BETA = "KL penalty β (reward per nat)"
+
+
+def beta_axis(axes: Axes, betas: Sequence[float], label: str = BETA) -> list[float]:
+    """Set up the x axis for β and return where each row goes.
+
+    The axis is logarithmic. A single value, or NaN (each instance has its own β), becomes a
+    category, at a whole number.
+    """
+    distinct = sorted(set(betas) - {b for b in betas if math.isnan(b)})
+    if len(distinct) > 1 and len(set(betas)) == len(distinct) and math.isfinite(distinct[-1]):
+        low, high = distinct[0], distinct[-1]
+        pad = (high / low) ** 0.03
+        axes.set_xscale("log")
+        axes.set_xlim(low / pad, high * pad)
+        few = distinct if len(distinct) <= 12 else _round_numbers(low, high)
+        ticks(axes.xaxis, _legible(few, _inches(axes), low, high))
+        axes.set_xlabel(label)
+        return list(betas)
+    names = [beta_name(b) for b in [*distinct, *(b for b in betas if math.isnan(b))][: len(distinct) + 1]]
+    categories(axes, names)
+    axes.set_xlabel(label if distinct else "KL penalty β (each instance has its own)")
+    return [float(len(distinct) if math.isnan(b) else distinct.index(b)) for b in betas]
+
+
+def categories(axes: Axes, names: Sequence[str]) -> None:
+    """Set up the x axis for categories at 0, 1, 2, …."""
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    ticks(axes.xaxis, range(len(names)), names)
+
+
+def ticks(axis: Axis, at: Iterable[float], names: Sequence[str] | None = None) -> None:
+    """Put ticks exactly there, and no others."""
+    places = list(at)
+    axis.set_ticks(places, labels=[number(x) for x in places] if names is None else names)
+    axis.set_minor_locator(NullLocator())
+
+
+def unit_ticks(axis: Axis) -> None:
+    """Put the ticks of an axis from 0 to 1."""
+    ticks(axis, (0, 0.25, 0.5, 0.75, 1), ("0", "0.25", "0.5", "0.75", "1"))
+
+
+def decades(low: float, high: float, most: int = 6) -> list[float]:
+    """Return powers of ten from `low` to `high`, at most about so many, evenly spaced."""
+    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    step = max(1, math.ceil((last - first) / most))
+    return [10.0**k for k in range(first, last + 1) if k % step == 0]
+
+
+def even_ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Return round numbers from `low` to `high`, at most about so many, evenly spaced."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / most
+    base = 10.0 ** math.floor(math.log10(rough))
+    step = next(base * m for m in (1, 2, 5, 10) if base * m >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def _inches(axes: Axes) -> float:
+    figure = axes.get_figure()
+    assert figure is not None
+    return float(axes.get_position().width * figure.get_size_inches()[0])
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    every = [m * 10.0**k for k in powers for m in (1, 2, 5)]
+    return [x for x in every if low <= x * 1.000001 and x <= high * 1.000001]
+
+
+def _legible(values: Sequence[float], inches: float, low: float, high: float) -> list[float]:
+    """Keep those values whose labels do not touch: powers of ten first, then 2 and 5."""
+    chosen: list[float] = []
+    per_inch = (math.log(high) - math.log(low)) / inches
+
+    def rank(x: float) -> int:
+        return {"1": 0, "2": 1, "5": 1}.get(f"{x:.2e}"[:4].rstrip("0").rstrip("."), 2)
+
+    def apart(x: float, y: float) -> bool:
+        room = 0.03 * (len(number(x)) + len(number(y))) + 0.06
+        return abs(math.log(x) - math.log(y)) > room * per_inch
+
+    for value in sorted(values, key=lambda x: (rank(x), x)):
+        if all(apart(value, other) for other in chosen):
+            chosen.append(value)
+    return sorted(chosen)

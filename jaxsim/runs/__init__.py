@@ -1,0 +1,1 @@
+"""Runs: what to compute (`config`), the directory it goes to (`directory`), doing it (`job`)."""

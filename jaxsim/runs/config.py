@@ -1,0 +1,150 @@
+"""The configuration of a run: a dataclass, a TOML file and the command line, with the same names.
+
+Imports no JAX, so that `jaxsim --help` is quick.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from jaxsim.families.spec import Family
+
+DEFAULT_BETAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What a run computes. Every setting is a key of the TOML file and an option."""
+
+    seed: int = 0
+    """Seed of all random draws."""
+    instances: int = 1_000_000
+    """Number of instances drawn from the family."""
+    betas: tuple[float, ...] = DEFAULT_BETAS
+    """Each instance is evaluated at all of these; leave empty for each at its own beta."""
+    input: str = ""
+    """A file of instances (.npz or .parquet), or a built-in data set (ngram), instead of the
+    family."""
+    reward: str = "reward"
+    """Which array of the input is the reward."""
+    family: Family = field(default_factory=Family)
+    audit: int = 100_000
+    """How many of the instances also undergo the audit of the claims that are identities."""
+    confirm: int = 10_000
+    """How many instances are solved by gradient descent, to confirm the closed form."""
+    atlas: int = 40_000
+    """Instances for each number of outputs in the map of violations; 0 leaves it out."""
+    atlas_outputs: tuple[int, ...] = (2, 3, 8, 32, 128)
+    """Numbers of outputs in that map."""
+
+    def __post_init__(self) -> None:
+        limits = {
+            "seed": (0, 2**32 - 1),
+            "instances": (1, 2**63),
+            "audit": (0, 2**63),
+            "confirm": (0, 10**7),
+            "atlas": (0, 10**9),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value}; expected {low} to {high}")
+        for at, beta in enumerate(self.betas):
+            if not 0 < beta < math.inf:
+                raise ValueError(f"betas[{at}] is {beta}; expected a finite number > 0")
+        for at, outputs in enumerate(self.atlas_outputs):
+            if not 2 <= outputs <= 4096:
+                raise ValueError(f"atlas_outputs[{at}] is {outputs}; expected 2 to 4096")
+
+
+def load(path: Path) -> RunConfig:
+    """Read a configuration from a TOML file.
+
+    Raises:
+        ValueError: naming the file and the key, for anything that is not a setting.
+        OSError: where the file cannot be read.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file: {error}") from None
+    try:
+        return from_dict(RunConfig, table)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def from_dict(cls: type[Any], table: dict[str, Any], prefix: str = "") -> Any:
+    """Build a configuration dataclass from nested tables, refusing what it does not know.
+
+    Raises:
+        ValueError: naming the key, and the nearest one that exists.
+    """
+    hints = get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in table.items():
+        name = prefix + key
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f" ({', '.join(sorted(known))})"
+            raise ValueError(f"unknown key {name}{hint}")
+        values[key] = _convert(hints[key], value, name)
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is {value!r}; expected a table")
+        return from_dict(hint, value, name + ".")  # type: ignore[arg-type]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{name} is {value!r}; expected a list")
+        return tuple(_convert(args[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if origin in (Union, types.UnionType):
+        return _convert(args[0], value, name)
+    accepted = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}[hint]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        kind = {float: "a number", int: "a whole number", str: "a string", bool: "true or false"}
+        raise ValueError(f"{name} is {value!r}; expected {kind[hint]}")
+    return hint(value)
+
+
+def to_toml(config: Any) -> str:
+    """Write a configuration, fully resolved, as TOML that `load` reads back equal."""
+    scalars, tables = [], []
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            tables.append((item.name, value))
+        else:
+            scalars.append(f"{item.name} = {_toml(value)}")
+    lines = scalars
+    for name, table in tables:
+        body = to_toml(table)
+        head, *rest = body.split("\n[")
+        lines.append(f"\n[{name}]\n{head}")
+        lines.extend(f"[{name}.{part}" for part in rest)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return repr(value)

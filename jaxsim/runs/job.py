@@ -1,0 +1,375 @@
+"""The main job: stream instances, judge the paper's claims, confirm by descent, write it all down."""
+
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+from scipy.special import betaincinv
+
+from jaxsim import claims, shrink, sources
+from jaxsim.engine.confirm import confirm, traces
+from jaxsim.engine.loop import default_tolerance
+from jaxsim.engine.stream import ClaimTotal, Totals, count_violations, quantiles, stream
+from jaxsim.engine.table import per_instance
+from jaxsim.engine.tiles import require_dtype
+from jaxsim.descent import Status
+from jaxsim.families.counter import key_words
+from jaxsim.runs.config import RunConfig, to_toml
+from jaxsim.runs.directory import RunDirectory
+
+LEVELS = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
+_TRACED = 1024  # instances whose descent is drawn
+_TRACE_STEPS = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Where a run tells how far it is: nothing by default."""
+
+    stage: Callable[[str, int], None] = lambda name, total: None
+    progress: Callable[[int], None] = lambda done: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimRow:
+    """A line of the claims table."""
+
+    name: str
+    statement: str
+    verdict: str
+    tried: int
+    failed: int
+    undecided: int
+    worst_margin: float | None
+    margin_is: str
+    worst_case: str | None
+    counterexample: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What a run found, before it is written."""
+
+    totals: Totals
+    rows: list[ClaimRow]
+    tables: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    solve: dict[str, Any] = field(default_factory=dict)
+
+
+def open_source(config: RunConfig) -> sources.Source:
+    """Return the family, or the file, that a configuration names.
+
+    Raises:
+        ValueError, OSError: where the file is not there or not as it should be.
+    """
+    require_dtype(config.family.dtype)
+    if config.input:
+        return sources.read(config.input, reward=config.reward, dtype=config.family.dtype)
+    words = key_words(jax.random.key(config.seed))
+    return sources.FamilySource(family=config.family, words=words, num=config.instances)
+
+
+def run(
+    config: RunConfig,
+    source: sources.Source,
+    directory: RunDirectory,
+    argv: list[str],
+    report: Report | None = None,
+) -> Results:
+    """Do the main job and write everything but the figures and the last file.
+
+    Args:
+        config: what to compute.
+        source: where the instances come from (`open_source`).
+        directory: where the results go.
+        argv: the command, for the record.
+        report: where to tell how far it is.
+    """
+    report = report or Report()
+    started = time.time()
+    directory.write("config.toml", to_toml(config))
+    report.stage("evaluating", source.num)
+    totals = stream(source, config.betas, audit=config.audit, progress=report.progress)
+    evaluated = time.time()
+
+    tables: dict[str, dict[str, list[Any]]] = {}
+    tables["tpm_by_beta"], tables["alpha_to_tpm"] = _bands(totals)
+    report.stage("mapping violations", 0)
+    tables["violations"] = _violations(config, totals, source)
+    report.stage("confirming by descent", 0)
+    solved = _solve(config, source)
+    if config.confirm:
+        tables["convergence"] = _convergence(config, source)
+    report.stage("shrinking counterexamples", 0)
+    rows = _claim_rows(totals, source, solved)
+    worst = next((r for r in rows if r.name == "theorem_2" and r.counterexample), None)
+    if worst and worst.counterexample:
+        tables["counterexample"] = _counterexample_table(worst.counterexample)
+        directory.write_json("counterexample.json", worst.counterexample)
+    if isinstance(source, sources.ArraySource):
+        columns = per_instance(source, config.betas)
+        directory.write_parquet("instances.parquet", columns)
+        tables["prompts"] = {
+            name: list(columns[name])
+            for name in ("name", "beta", "alpha", "log_odds_shift", "tpm_aligned",
+                         "hypotheses_hold", "conclusion")
+        }
+
+    results = Results(totals=totals, rows=rows, tables=tables, solve=solved)
+    _write(directory, results)
+    finished = time.time()
+    directory.write_json("provenance.json", {
+        "argv": argv,
+        "versions": versions(),
+        "devices": [str(d) for d in jax.devices()],
+        "started_unix": started,
+        "seconds_evaluating": evaluated - started,
+        "seconds": finished - started,
+        "instances_per_second": source.num / (evaluated - started),
+    })
+    return results
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("prefshift", "jax", "jaxlib", "optax", "chex", "numpy", "matplotlib", "pyarrow"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _bands(totals: Totals) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+    """Return quantiles of TPM(A) by β, and by β and α: logit TPM(A) = logit α + Δ."""
+    sums, levels = totals.sums, tuple(LEVELS.values())
+    by_beta: dict[str, list[Any]] = {
+        "beta": list(totals.betas),
+        "instances": sums.counted.tolist(),
+        "alpha_mean": (sums.alpha / np.maximum(sums.counted, 1)).tolist(),
+        "tpm_mean": (sums.tpm_aligned / np.maximum(sums.counted, 1)).tolist(),
+    } | {name: [] for name in LEVELS}
+    by_alpha: dict[str, list[Any]] = {"beta": [], "alpha": []} | {name: [] for name in LEVELS}
+    alphas = np.linspace(0.01, 0.99, 99)
+    for at, beta in enumerate(totals.betas):
+        tpm = _sigmoid(quantiles(sums.logit_tpm[at], levels))
+        shift = quantiles(sums.log_odds_shift[at], levels)
+        for name, value in zip(LEVELS, tpm, strict=True):
+            by_beta[name].append(float(value))
+        for alpha in alphas:
+            by_alpha["beta"].append(beta)
+            by_alpha["alpha"].append(round(float(alpha), 2))
+            moved = _sigmoid(math.log(alpha / (1 - alpha)) + shift)
+            for name, value in zip(LEVELS, moved, strict=True):
+                by_alpha[name].append(float(value))
+    return by_beta, by_alpha
+
+
+def _sigmoid(x: Any) -> np.ndarray:
+    return np.asarray(1 / (1 + np.exp(-np.asarray(x, np.float64))))
+
+
+def _violations(
+    config: RunConfig, totals: Totals, source: sources.Source
+) -> dict[str, list[Any]]:
+    """Return the share of violations among instances that meet the hypotheses, by n and β."""
+    cells = {source.outputs: (totals.sums.hypotheses_hold, totals.sums.violations)}
+    if isinstance(source, sources.FamilySource) and config.atlas and config.betas:
+        for outputs in config.atlas_outputs:
+            if outputs not in cells:
+                family = replace(config.family, outputs=outputs)
+                part = replace(source, family=family, num=config.atlas)
+                cells[outputs] = count_violations(part, config.betas)
+    columns: dict[str, list[Any]] = {
+        name: []
+        for name in ("outputs", "beta", "hypotheses_hold", "violations", "share", "low", "high")
+    }
+    for outputs, (hold, violated) in sorted(cells.items()):
+        for beta, n, k in zip(totals.betas, hold.tolist(), violated.tolist(), strict=True):
+            low, high = clopper_pearson(k, n)
+            row = (outputs, beta, n, k, k / n if n else float("nan"), low, high)
+            for name, value in zip(columns, row, strict=True):
+                columns[name].append(value)
+    return columns
+
+
+def clopper_pearson(successes: int, trials: int) -> tuple[float, float]:
+    """Return the exact 95% confidence interval of a share (Clopper and Pearson 1934)."""
+    low = betaincinv(successes, trials - successes + 1, 0.025) if successes else 0.0
+    high = betaincinv(successes + 1, trials - successes, 0.975) if successes < trials else 1.0
+    return float(low), float(high)
+
+
+def _solve(config: RunConfig, source: sources.Source) -> dict[str, Any]:
+    tolerance = default_tolerance(np.dtype(config.family.dtype))
+    if not config.confirm:
+        return {"tried": 0, "tolerance": tolerance}
+    solution, betas = confirm(source, config.confirm, config.betas)
+    worst = int(np.argmax(solution.kl))
+    return {
+        "tried": int(solution.kl.size),
+        "converged": int(np.sum(solution.status == Status.CONVERGED)),
+        "status": {s.name.lower(): int(np.sum(solution.status == s)) for s in Status},
+        "tolerance": tolerance,
+        "worst_kl": float(solution.kl[worst]),
+        "worst_index": worst,
+        "worst_beta": float(betas[worst]),
+        "median_steps": float(np.median(solution.steps)),
+        "most_steps": int(solution.steps.max()),
+    }
+
+
+def _convergence(config: RunConfig, source: sources.Source) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("optimizer", "step", "q05", "q50", "q95", "worst")
+    }
+    num = min(config.confirm, _TRACED)
+    for name, kl in traces(source, config.betas, num, _TRACE_STEPS).items():
+        for step, row in enumerate(kl, start=1):
+            q05, q50, q95 = np.quantile(row, [0.05, 0.5, 0.95], method="lower")
+            values = (name, step, float(q05), float(q50), float(q95), float(row.max()))
+            for key, value in zip(columns, values, strict=True):
+                columns[key].append(value)
+    return columns
+
+
+def _claim_rows(
+    totals: Totals, source: sources.Source, solved: dict[str, Any]
+) -> list[ClaimRow]:
+    by_descent = ClaimTotal()
+    if solved["tried"]:
+        by_descent = ClaimTotal(
+            tried=solved["tried"],
+            failed=solved["tried"] - solved["converged"],
+            worst_margin=solved["tolerance"] - solved["worst_kl"],
+            worst_index=solved["worst_index"],
+            worst_beta=solved["worst_beta"],
+        )
+    rows = []
+    for claim in claims.CLAIMS:
+        found = totals.claims[claim.name] if claim.judge else by_descent
+        example = None
+        if found.failed and claim.name in shrink.DEPTHS and found.worst_index is not None:
+            example = _shrunk(source, claim.name, found)
+        rows.append(ClaimRow(
+            name=claim.name,
+            statement=claim.statement,
+            verdict="FAILS" if found.failed else "HOLDS" if found.tried else "NOT TRIED",
+            tried=found.tried,
+            failed=found.failed,
+            undecided=found.undecided,
+            worst_margin=found.worst_margin if found.tried else None,
+            margin_is=claim.margin_is,
+            worst_case=_where(source, found),
+            counterexample=example,
+        ))
+    return rows
+
+
+def _where(source: sources.Source, found: ClaimTotal) -> str | None:
+    if found.worst_index is None:
+        return None
+    name = source.names(found.worst_index)[0]
+    return name if found.worst_beta is None else f"{name}, β = {found.worst_beta:g}"
+
+
+def _shrunk(source: sources.Source, claim: str, found: ClaimTotal) -> dict[str, Any] | None:
+    """Return the worst failure, shrunk; None where it fails too narrowly for float64's liking."""
+    assert found.worst_index is not None
+    instance = sources.one(source, found.worst_index, found.worst_beta)
+    example = shrink.Example.of(instance, source.names(found.worst_index)[1])
+    try:
+        smaller = shrink.shrink(example, shrink.DEPTHS[claim])
+    except ValueError:
+        return None
+    return smaller.to_json() | {
+        "claim": claim,
+        "name": _where(source, found),
+        "outputs_before": int(example.reward.size),
+    }
+
+
+def _counterexample_table(example: dict[str, Any]) -> dict[str, list[Any]]:
+    columns = ("reward", "p_aligned", "p_unaligned", "p_ref", "p_star")
+    return {
+        "output": list(range(len(example["names"]))),
+        "name": example["names"],
+    } | {name: example[name] for name in columns}
+
+
+def _write(directory: RunDirectory, results: Results) -> None:
+    sums = results.totals.sums
+    counted = np.maximum(sums.counted, 1)
+    bands = results.tables["tpm_by_beta"]
+    directory.write_parquet("summary.parquet", {
+        "beta": list(results.totals.betas),
+        "instances": sums.counted,
+        "invalid": sums.invalid,
+        "hypotheses_hold": sums.hypotheses_hold,
+        "violations": sums.violations,
+        "undecided": sums.undecided,
+        "below_alpha": sums.below_alpha,
+        "alpha_mean": sums.alpha / counted,
+        "tpm_aligned_mean": sums.tpm_aligned / counted,
+        "kl_mean": sums.kl / counted,
+        "reward_gain_mean": sums.reward_gain / counted,
+    } | {f"tpm_aligned_{name}": bands[name] for name in LEVELS})
+    for name, columns in results.tables.items():
+        directory.write_csv(name, columns)
+    if results.solve["tried"]:
+        directory.write_json("solve.json", results.solve)
+    directory.write_json("claims.json", [vars(row) for row in results.rows])
+    directory.write("claims.md", claims_markdown(results.rows))
+
+
+def claims_markdown(rows: list[ClaimRow]) -> str:
+    """Return the claims table, and the counterexamples below it."""
+    lines = [
+        "| claim | verdict | tried | failed | undecided | worst margin | margin is |",
+        "|---|---|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        margin = "" if row.worst_margin is None else f"{row.worst_margin:.3g}"
+        lines.append(
+            f"| {row.statement} | **{row.verdict}** | {row.tried:,} | {row.failed:,} "
+            f"| {row.undecided:,} | {margin} | {row.margin_is} |"
+        )
+    for row in rows:
+        if row.counterexample:
+            lines += ["", *counterexample_lines(row.statement, row.counterexample)]
+    return "\n".join(lines) + "\n"
+
+
+def counterexample_lines(statement: str, example: dict[str, Any]) -> list[str]:
+    """Return a counterexample as Markdown that a reader can check by hand."""
+    lines = [
+        f"Counterexample to: {statement}",
+        "",
+        f"{example['name']}, shrunk from {example['outputs_before']} outputs to "
+        f"{len(example['names'])}. β = {example['beta']:g}, α = {example['alpha']:.4g}; "
+        f"Cov(r, p_A) = {example['covariance_aligned']:.4g}, "
+        f"Cov(r, p_U) = {example['covariance_unaligned']:.4g}, "
+        f"Δ = {example['log_odds_shift']:.4g}, TPM(A) = {example['tpm_aligned']:.4g}, "
+        f"log Z = {example['log_z']:.4g}.",
+        "",
+        "| output | r | p_A | p_U | p_ref | p* |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    columns = ("reward", "p_aligned", "p_unaligned", "p_ref", "p_star")
+    for at, name in enumerate(example["names"]):
+        cells = " | ".join(f"{example[c][at]:.4g}" for c in columns)
+        lines.append(f"| {name.replace('|', '/')} | {cells} |")
+    return lines
+
+
+def command() -> list[str]:
+    """Return the command line for the record, without the path of the program."""
+    return ["jaxsim", *sys.argv[1:]]

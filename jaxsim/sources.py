@@ -1,0 +1,290 @@
+"""Where tiles of instances come from: drawn by a family, or read from a file. Both go the same way.
+
+A source knows how many instances it has and hands them out in tiles of one fixed shape.
+"""
+
+import zipfile
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsim.families.counter import Stream
+from jaxsim.families.draw import draw
+from jaxsim.families.spec import Family
+from jaxsim.instance import Instance
+
+_TILE_ELEMENTS = 1 << 18  # outputs × instances: an array of it takes 1 MiB in float32
+
+
+def tile_size(outputs: int) -> int:
+    """Return how many instances of `outputs` outputs make a tile: a power of two from 8 on.
+
+    It depends on the number of outputs alone. Code compiled for another shape may round
+    differently in the last bit, so one shape serves all draws and evaluations.
+    """
+    size = max(8, _TILE_ELEMENTS // max(outputs, 8))
+    return 1 << (size.bit_length() - 1)
+
+
+def index_words(start: int) -> jax.Array:
+    """Return a 64-bit instance index as two uint32 words, high and low."""
+    return jnp.asarray([start >> 32, start & 0xFFFFFFFF], jnp.uint32)
+
+
+@partial(jax.jit, static_argnums=0)
+def draw_tile(family: Family, words: jax.Array, start: jax.Array) -> Instance:
+    """Return instances start, start + 1, … of a family as one tile [outputs, instances]."""
+    offset = jnp.arange(tile_size(family.outputs), dtype=jnp.uint32)
+    low = start[1] + offset
+    high = start[0] + (low < offset).astype(jnp.uint32)  # carry of the 64-bit sum
+    return draw(family, Stream.of(words, high, low))
+
+
+class Source(Protocol):
+    """A finite supply of instances, in tiles of one shape."""
+
+    @property
+    def num(self) -> int:
+        """Number of instances."""
+
+    @property
+    def outputs(self) -> int:
+        """Outputs per instance, padding included."""
+
+    @property
+    def size(self) -> int:
+        """Instances per tile."""
+
+    def tile(self, start: int) -> Instance:
+        """Return the tile [outputs, instances] from instance `start` on; past the end, anything."""
+
+    def names(self, index: int) -> tuple[str, list[str] | None]:
+        """Return an instance's name and, where there are any, its outputs' names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilySource:
+    """The first `num` instances of a family under a key."""
+
+    family: Family
+    words: jax.Array  # the key's two words
+    num: int
+
+    @property
+    def outputs(self) -> int:
+        """Outputs per instance."""
+        return self.family.outputs
+
+    @property
+    def size(self) -> int:
+        """Instances per tile."""
+        return tile_size(self.family.outputs)
+
+    def tile(self, start: int) -> Instance:
+        """Draw the tile."""
+        return draw_tile(self.family, self.words, index_words(start))
+
+    def names(self, index: int) -> tuple[str, list[str] | None]:
+        """Return the instance's index as its name."""
+        return f"instance {index}", None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySource:
+    """Instances held in memory, [instances, outputs], with their names where they have any."""
+
+    instance: Instance
+    prompts: list[str]
+    texts: list[list[str]] | None  # of the outputs
+    has_beta: bool
+
+    @property
+    def num(self) -> int:
+        """Number of instances."""
+        return int(self.instance.reward.shape[0])
+
+    @property
+    def outputs(self) -> int:
+        """Outputs per instance, padding included."""
+        return int(self.instance.reward.shape[1])
+
+    @cached_property
+    def size(self) -> int:
+        """Instances per tile: no more than there are, up to a power of two."""
+        wanted = 1 << max(3, (self.num - 1).bit_length())
+        return min(wanted, tile_size(self.outputs))
+
+    def tile(self, start: int) -> Instance:
+        """Return the tile, padded with the last instance."""
+        rows = np.minimum(np.arange(start, start + self.size), self.num - 1)
+        return jax.tree.map(lambda x: jnp.moveaxis(x[rows], 0, -1), self.instance)
+
+    def names(self, index: int) -> tuple[str, list[str] | None]:
+        """Return the instance's prompt and its outputs' texts."""
+        return self.prompts[index], None if self.texts is None else self.texts[index]
+
+
+_COMPONENTS = {
+    ("log_p_ref", "aligned_given_output"): Instance.from_reference,
+    ("log_p_aligned", "log_p_unaligned"): Instance.from_log_probs,
+    ("p_aligned", "p_unaligned"): Instance.from_probs,
+}
+_ZERO_MASS = {"log_p_ref": -np.inf, "log_p_aligned": -np.inf, "log_p_unaligned": -np.inf}
+_PER_INSTANCE = ("alpha", "logit_alpha", "beta")
+BUILT_IN = {"ngram": "ngram.npz"}
+
+
+def read(path: str, *, reward: str = "reward", dtype: str = "float32") -> ArraySource:
+    """Read instances from an .npz or Parquet file, or a data set that comes with jaxsim.
+
+    A file holds the arrays of one constructor of `Instance`, by the names of its arguments:
+    `log_p_ref` and `aligned_given_output`, or `log_p_aligned` and `log_p_unaligned`, or `p_aligned`
+    and `p_unaligned`, with `alpha` or `logit_alpha` (not for the first), a reward, and optionally
+    `beta`, `prompt` and `output` (texts). In .npz the shapes are [instances, outputs] and
+    [instances]; in Parquet a row is an instance and a per-output column holds lists, which may
+    differ in length.
+
+    Args:
+        path: the file, or the name of a built-in data set ("ngram").
+        reward: name of the array to take as r.
+        dtype: float32 or float64.
+
+    Raises:
+        ValueError: naming the file and the array, for anything that is not as described.
+        OSError: where the file cannot be read.
+    """
+    location: Any = Path(path)
+    if path in BUILT_IN:
+        location = resources.files("jaxsim") / "data" / BUILT_IN[path]
+    reader = {".npz": _read_npz, ".parquet": _read_parquet}.get(Path(location.name).suffix)
+    if reader is None:
+        raise ValueError(f"{path}: expected a file that ends in .npz or .parquet")
+    if not location.is_file():
+        known = ", ".join(BUILT_IN)
+        raise FileNotFoundError(f"{path}: there is no such file (built-in data sets: {known})")
+    with location.open("rb") as stream:
+        arrays = reader(path, stream)
+    return _source(path, arrays, reward, dtype)
+
+
+def _read_npz(path: str, stream: Any) -> dict[str, np.ndarray]:
+    try:
+        with np.load(stream, allow_pickle=False) as archive:
+            if not hasattr(archive, "files"):
+                raise ValueError("it holds a single array")
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "pickle" in reason.lower():
+            reason = "it holds Python objects (a pickle), which jaxsim never loads"
+        raise ValueError(f"{path}: not an .npz file of plain arrays: {reason}") from None
+
+
+def _read_parquet(path: str, stream: Any) -> dict[str, np.ndarray]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(stream)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from None
+    return {name: _column(path, name, table[name].to_pylist()) for name in table.column_names}
+
+
+def _column(path: str, name: str, rows: list[Any]) -> np.ndarray:
+    """Return a column as an array; lists of unequal length are padded, masses with zero."""
+    for at, row in enumerate(rows):
+        if row is None or (isinstance(row, list) and None in row):
+            raise ValueError(f"{path}: {name}[{at}] has a missing value")
+    if not rows or not isinstance(rows[0], list):
+        return np.asarray(rows)
+    width = max(len(row) for row in rows)
+    text = any(row and isinstance(row[0], str) for row in rows)
+    filler: Any = "" if text else _ZERO_MASS.get(name, 0.0)
+    return np.asarray([row + [filler] * (width - len(row)) for row in rows])
+
+
+def _source(path: str, arrays: dict[str, np.ndarray], reward: str, dtype: str) -> ArraySource:
+    pair = next((pair for pair in _COMPONENTS if all(name in arrays for name in pair)), None)
+    if pair is None:
+        wanted = "; or ".join(" and ".join(pair) for pair in _COMPONENTS)
+        found = ", ".join(sorted(arrays)) or "nothing"
+        raise ValueError(f"{path}: expected the arrays {wanted}; found {found}")
+    if reward not in arrays:
+        rewards = ", ".join(name for name in sorted(arrays) if name.startswith("reward"))
+        raise ValueError(f"{path}: there is no array {reward!r} to take as the reward"
+                         + (f" (there is: {rewards})" if rewards else ""))
+    numeric = {name: arrays[name] for name in (*pair, reward, *_PER_INSTANCE) if name in arrays}
+    for name, array in numeric.items():
+        if array.dtype.kind not in "fiub":
+            raise ValueError(f"{path}: {name} has dtype {array.dtype}; expected numbers")
+        numeric[name] = array.astype(dtype)
+        if name in _PER_INSTANCE and name != "beta":
+            numeric[name] = array.astype(np.float64)
+        elif name not in _PER_INSTANCE and array.ndim == 1:
+            numeric[name] = numeric[name][None]
+    r = numeric.pop(reward)
+    components = [numeric.pop(name) for name in pair]
+    beta = numeric.pop("beta", None)
+    if pair[0] == "log_p_ref" and numeric:
+        raise ValueError(f"{path}: {next(iter(numeric))} is settled by log_p_ref and "
+                         "aligned_given_output; leave it out")
+    try:
+        instance = _COMPONENTS[pair](
+            *components, r, beta=np.float32(1) if beta is None else beta, **numeric
+        )
+    except ValueError as error:
+        message = str(error)
+        if reward != "reward":
+            message = message.replace("reward", reward)
+        raise ValueError(f"{path}: {message}") from None
+    num, width = instance.reward.shape
+    prompts = _texts(path, arrays, "prompt", (num,))
+    texts = _texts(path, arrays, "output", (num, width))
+    return ArraySource(
+        instance=instance,
+        prompts=prompts or [f"instance {i}" for i in range(num)],
+        texts=texts,
+        has_beta=beta is not None,
+    )
+
+
+def _texts(path: str, arrays: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> Any:
+    """Return texts as nested lists, or None where the file has none."""
+    if name not in arrays:
+        return None
+    array = arrays[name]
+    if array.ndim == len(shape) - 1:
+        array = array[None]
+    if array.shape != shape:
+        raise ValueError(f"{path}: {name} has shape {array.shape}; expected {shape}")
+    if array.dtype.kind == "S":
+        array = np.char.decode(array, "utf-8", "replace")
+    return array.astype(str).tolist()
+
+
+def sample(source: Source, num: int, betas: tuple[float, ...]) -> Instance:
+    """Return the first instances of a source as a batch, instance i at β number i mod |betas|."""
+    num = min(num, source.num)
+    tiles = [source.tile(start) for start in range(0, num, source.size)]
+    batch = jax.tree.map(
+        lambda *parts: jnp.concatenate([jnp.moveaxis(p, -1, 0) for p in parts])[:num], *tiles
+    )
+    if not betas:
+        return batch
+    return replace(batch, beta=jnp.asarray(np.resize(betas, num), batch.beta.dtype))
+
+
+def one(source: Source, index: int, beta: float | None) -> Instance:
+    """Return instance `index` of a source as it is in its tile, at another β if one is given."""
+    start = index - index % source.size
+    single = jax.tree.map(lambda x: x[..., index - start], source.tile(start))
+    if beta is None:
+        return single
+    return replace(single, beta=jnp.asarray(beta, single.beta.dtype))

@@ -1,0 +1,133 @@
+"""Theorem 2 of the paper: are its hypotheses met, and does its conclusion TPM(A) ≥ α follow?
+
+It does not follow in general. The paper's proof takes e^{r/β} to be correlated with the components
+because r is; Pearson correlation is not kept by a monotone map. The conclusion is equivalent to
+Δ = log E_A[e^{r/β}] - log E_U[e^{r/β}] ≥ 0, which the hypotheses bound only for large β.
+"""
+
+import enum
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+from jaxsim.instance import Instance
+from jaxsim.logspace import LOG_ZERO, total, unit_roundoff
+from jaxsim.tilting import Component, Tilt, tilt
+
+
+class Outcome(enum.IntEnum):
+    """What a comparison with zero came to, once its rounding error is accounted for."""
+
+    FAILS = -1
+    TIE = 0
+    HOLDS = 1
+    UNDECIDED = 2
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Theorem 2 on one instance, or on a batch.
+
+    Attributes:
+        covariance_aligned: Cov(r, p_A) under the uniform distribution on the support of p_ref.
+        covariance_unaligned: Cov(r, p_U), likewise.
+        log_odds_shift: Δ; TPM(A) > α iff Δ > 0.
+        hypothesis_aligned: `Outcome` (int8) of Cov(r, p_A) > 0.
+        hypothesis_unaligned: `Outcome` (int8) of Cov(r, p_U) < 0.
+        conclusion: `Outcome` (int8) of Δ > 0; TIE where TPM(A) = α exactly.
+    """
+
+    covariance_aligned: Float[Array, "*batch"]
+    covariance_unaligned: Float[Array, "*batch"]
+    log_odds_shift: Float[Array, "*batch"]
+    hypothesis_aligned: Int8[Array, "*batch"]
+    hypothesis_unaligned: Int8[Array, "*batch"]
+    conclusion: Int8[Array, "*batch"]
+
+    @property
+    def hypotheses_hold(self) -> Array:
+        """Whether both hypotheses are decided and hold."""
+        return (self.hypothesis_aligned == Outcome.HOLDS) & (
+            self.hypothesis_unaligned == Outcome.HOLDS
+        )
+
+    @property
+    def violated(self) -> Array:
+        """Whether both hypotheses hold and yet TPM(A) < α: a counterexample to Theorem 2."""
+        return self.hypotheses_hold & (self.conclusion == Outcome.FAILS)
+
+
+def theorem2(instance: Instance) -> Verdict:
+    """Judge Theorem 2: Cov(r, p_A) > 0 > Cov(r, p_U) is said to imply TPM(A) ≥ α.
+
+    Args:
+        instance: one instance, or a batch with one leading axis.
+
+    Returns:
+        A `Verdict`. A code is HOLDS or FAILS only where the number exceeds its rounding bound;
+        TIE only where equality follows from equal stored numbers (all rewards on the support
+        equal, a component uniform on it, or both components the same); else UNDECIDED.
+
+    Numerics:
+        The bound is 8u(κ + |x|) with, for Δ, κ = (E_A,s|r-m| + E_U,s|r-m|)/β
+        + Σ|p_A,s - p_A||log p_A| + Σ|p_U,s - p_U||log p_U| + min(1, (max r - min r)/β), and for a
+        covariance κ = (E_p|r - max r| + mean|r - max r|)/outputs; p_{A,s} is A tilted by e^{r/β}.
+
+    Example:
+        >>> from jaxsim import Instance, Outcome, theorem2
+        >>> instance = Instance.from_probs([0., 1., 0.], [.5, 0., .5], [0., 3., 4.], .5, 1.)
+        >>> verdict = theorem2(instance)
+        >>> bool(verdict.hypotheses_hold), Outcome(int(verdict.conclusion)).name
+        (True, 'FAILS')
+    """
+    return verdict(instance, tilt(instance))
+
+
+def verdict(instance: Instance, x: Tilt) -> Verdict:
+    """Read a `Verdict` off an instance already tilted."""
+    roundoff = unit_roundoff(instance.reward.dtype)
+    count = jnp.sum(x.support, axis=0, keepdims=True).astype(instance.reward.dtype)
+    reward = jnp.where(x.support, instance.reward, -jnp.inf)
+    top = jnp.max(reward, axis=0, keepdims=True)
+    below_top = jnp.where(x.support, instance.reward - top, 0.0)
+    mean_below_top = total(below_top) / count
+    constant_reward = x.spread == 0
+
+    def covariance(part: Component) -> tuple[Array, Array, Array]:
+        mean_under_p = total(part.p * below_top)
+        value = (mean_under_p - mean_below_top) / count
+        bound = 8 * roundoff * (jnp.abs(value) - (mean_under_p + mean_below_top) / count)
+        highest = jnp.max(part.log_p, axis=0, keepdims=True)
+        uniform = jnp.all((part.log_p == highest) | ~x.support, axis=0, keepdims=True)
+        return value, bound, constant_reward | uniform
+
+    cov_aligned, bound_aligned, tie_aligned = covariance(x.aligned)
+    cov_unaligned, bound_unaligned, tie_unaligned = covariance(x.unaligned)
+
+    def conditioning(part: Component) -> Array:
+        information = jnp.where(part.log_p > LOG_ZERO, jnp.abs(part.log_p), 0.0)
+        return total(part.tilted * jnp.abs(x.t) + jnp.abs(part.tilted - part.p) * information)
+
+    shift = x.log_odds_shift
+    kappa = conditioning(x.aligned) + conditioning(x.unaligned) + jnp.minimum(1.0, x.spread)
+    same = jnp.all(x.aligned.log_p == x.unaligned.log_p, axis=0, keepdims=True)
+    shift_bound = 8 * roundoff * (kappa + jnp.abs(shift))
+    fields = Verdict(
+        covariance_aligned=cov_aligned,
+        covariance_unaligned=cov_unaligned,
+        log_odds_shift=shift,
+        hypothesis_aligned=decide(cov_aligned, bound_aligned, tie_aligned),
+        hypothesis_unaligned=decide(-cov_unaligned, bound_unaligned, tie_unaligned),
+        conclusion=decide(shift, shift_bound, constant_reward | same),
+    )
+    return jax.tree.map(lambda field: field[0], fields)
+
+
+def decide(value: Array, bound: Array, tie: Array) -> Int8[Array, "..."]:
+    """Return the `Outcome` of value > 0 for a number known to within `bound`, or known equal."""
+    sign = jnp.where(value > bound, Outcome.HOLDS, Outcome.UNDECIDED)
+    sign = jnp.where(value < -bound, Outcome.FAILS, sign)
+    return jnp.where(tie, Outcome.TIE, sign).astype(jnp.int8)

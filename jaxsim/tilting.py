@@ -1,0 +1,343 @@
+"""The heart: the optimum of eq. (1), log Z, Lemma 1, and the mass of each component after tuning.
+
+Pure, differentiable functions of one instance, or of a tile of them with outputs on the first axis
+(see `jaxsim.logspace`); the public functions are those of `jaxsim.engine.lift`. Equation numbers are those of Huang, "Characterizing Output Distribution Shift under
+Preference Tuning under the Bradley-Terry Model".
+
+How the numbers stay accurate. All sums use t = (r - m)/β with m = E_ref[r], so that a common offset
+of the reward costs nothing. Where the rewards span less than one β, the cumulants are
+log1p(Σ p expm1(t)), which keeps relative accuracy as t → 0. Elsewhere each component has a
+log-sum-exp about its own largest term; adding log p to t there is error-free (two-sum), since what
+rounds away would be as large as the answer when log p and t cancel.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxsim.instance import Instance
+from jaxsim.logspace import LOG_ZERO, bregman_kl_term, finite_log, total, two_sum
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What preference tuning does to one instance, or to a batch of them.
+
+    Attributes:
+        log_z: log Z = log E_ref[e^{r/β}].
+        log_tpm_aligned: log TPM(A), the mass that p* owes to the aligned component; < 0.
+        log_tpm_unaligned: log TPM(U).
+        log_odds_shift: Δ = logit TPM(A) - logit α = log E_A[e^{r/β}] - log E_U[e^{r/β}].
+        kl: KL(p*‖p_ref), nats.
+        expected_reward: E_{p*}[r], in units of reward.
+        objective: L(p*) = β log Z, the maximum of eq. (1), in units of reward.
+    """
+
+    log_z: Float[Array, "*batch"]
+    log_tpm_aligned: Float[Array, "*batch"]
+    log_tpm_unaligned: Float[Array, "*batch"]
+    log_odds_shift: Float[Array, "*batch"]
+    kl: Float[Array, "*batch"]
+    expected_reward: Float[Array, "*batch"]
+    objective: Float[Array, "*batch"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class MixtureWeights:
+    """Lemma 1: p* = α_A(y) p_A + α_U(y) p_U. Logs; `-inf` outside the support of p_ref.
+
+    Attributes:
+        aligned: log α_A(y) = log α + r/β - log Z, [outputs].
+        unaligned: log α_U(y) = log(1-α) + r/β - log Z, [outputs].
+    """
+
+    aligned: Float[Array, "*batch outputs"]
+    unaligned: Float[Array, "*batch outputs"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One component, A or U, before and after its own tilt p e^{r/β} / E_p[e^{r/β}]."""
+
+    log_p: Array  # as stored, zero mass made finite
+    log_total: Array  # log Σ e^{log p} of the stored log-probabilities: rounding, nearly 0
+    p: Array  # probabilities, normalised
+    tilted: Array  # tilted probabilities, normalised
+    cumulant: Array  # log E_p[e^t], t centred on E_ref[r]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Tilt:
+    """One instance with its rewards centred and both components tilted: what all results use."""
+
+    support: Array  # where p_ref > 0
+    center: Array  # m = E_ref[r]
+    above_center: Array  # r - m, 0 outside the support
+    beta: Array
+    t: Array  # (r - m)/β
+    spread: Array  # (max r - min r)/β over the support
+    log_alpha: Array
+    log_not_alpha: Array  # log(1-α)
+    aligned: Component
+    unaligned: Component
+    p_ref: Array
+    log_odds_shift: Array  # Δ
+    log_z_centered: Array  # log Z - m/β
+
+
+def tilt(instance: Instance) -> Tilt:
+    """Center the rewards, tilt both components and compare them: the one pass behind every result.
+
+    The center carries no gradient, for no result depends on it.
+    """
+    beta, logit_alpha = instance.beta[None], instance.logit_alpha[None]
+    alpha, not_alpha = jax.nn.sigmoid(logit_alpha), jax.nn.sigmoid(-logit_alpha)
+    log_alpha, log_not_alpha = jax.nn.log_sigmoid(logit_alpha), jax.nn.log_sigmoid(-logit_alpha)
+    log_p_a, log_p_u = finite_log(instance.log_p_aligned), finite_log(instance.log_p_unaligned)
+    support = jnp.maximum(log_p_a, log_p_u) > LOG_ZERO
+
+    mass_a, mass_u = jnp.exp(log_p_a), jnp.exp(log_p_u)
+    total_a, total_u = total(mass_a), total(mass_u)
+    p_a, p_u = mass_a / total_a, mass_u / total_u
+    p_ref = alpha * p_a + not_alpha * p_u
+
+    reward = lax.stop_gradient(instance.reward)
+    top = jnp.max(jnp.where(support, reward, -jnp.inf), axis=0, keepdims=True)
+    bottom = jnp.min(jnp.where(support, reward, jnp.inf), axis=0, keepdims=True)
+    below_top = jnp.where(support, reward - top, 0.0)
+    center = jnp.clip(top + total(lax.stop_gradient(p_ref) * below_top), bottom, top)
+    # Masked before the division, since padding may hold any finite reward.
+    above_center = jnp.where(support, instance.reward - center, 0.0)
+    t = above_center / beta
+    spread = (top - bottom) / lax.stop_gradient(beta)
+
+    narrow = spread < 1.0
+    growth = jnp.expm1(jnp.where(narrow, t, 0.0))
+    growth_a, growth_u = total(p_a * growth), total(p_u * growth)
+
+    def component(log_p: Array, p: Array, mass_total: Array, mean_growth: Array) -> Component:
+        exponent, rounding = two_sum(log_p, t)
+        peak = lax.stop_gradient(jnp.max(exponent, axis=0, keepdims=True))
+        weight = jnp.exp(exponent - peak)
+        weight = weight + weight * jnp.where(log_p > LOG_ZERO, rounding, 0.0)
+        weight_total = total(weight)
+        log_total = jnp.log(mass_total)
+        wide_cumulant = peak + (jnp.log(weight_total) - log_total)
+        return Component(
+            log_p=log_p,
+            log_total=log_total,
+            p=p,
+            tilted=weight / weight_total,
+            cumulant=jnp.where(narrow, jnp.log1p(mean_growth), wide_cumulant),
+        )
+
+    aligned = component(log_p_a, p_a, total_a, growth_a)
+    unaligned = component(log_p_u, p_u, total_u, growth_u)
+    narrow_shift = jnp.log1p((growth_a - growth_u) / (1.0 + growth_u))
+    narrow_log_z = jnp.log1p(alpha * growth_a + not_alpha * growth_u)
+    wide_log_z = jnp.logaddexp(log_alpha + aligned.cumulant, log_not_alpha + unaligned.cumulant)
+    return Tilt(
+        support=support,
+        center=center,
+        above_center=above_center,
+        beta=beta,
+        t=t,
+        spread=spread,
+        log_alpha=log_alpha,
+        log_not_alpha=log_not_alpha,
+        aligned=aligned,
+        unaligned=unaligned,
+        p_ref=p_ref,
+        log_odds_shift=jnp.where(narrow, narrow_shift, aligned.cumulant - unaligned.cumulant),
+        log_z_centered=jnp.where(narrow, narrow_log_z, wide_log_z),
+    )
+
+
+def evaluate(instance: Instance) -> Evaluation:
+    """Evaluate the closed-form optimum of eq. (1): log Z, both total probability masses, KL, value.
+
+    With K_A(s) = log E_A[e^{s r}] and K_U likewise, logit TPM(A) = logit α + K_A(1/β) - K_U(1/β).
+
+    Args:
+        instance: one instance, or a batch with one leading axis.
+
+    Returns:
+        An `Evaluation` with one number per instance in each field; `log_tpm_aligned` and
+        `log_tpm_unaligned` are logs of two numbers that sum to one.
+
+    Numerics:
+        For each field |x̂ - x| ≤ 8u(κ + |x|), u the unit roundoff, κ the condition number that
+        docs/accuracy.md gives; tested from r/β = 1e-8 to 1e4 in both dtypes. As β → ∞ all of
+        `log_odds_shift` and `kl` go to 0 with relative accuracy; as β → 0 nothing overflows while
+        |r|/β < 1e30.
+
+    Example:
+        >>> from jaxsim import Instance, evaluate
+        >>> instance = Instance.from_probs([0., 1., 0.], [.5, 0., .5], [0., 3., 4.], .5, 1.)
+        >>> print(f"{evaluate(instance).log_odds_shift:.4f}")
+        -0.3250
+    """
+    return evaluation(instance, tilt(instance))
+
+
+def evaluation(instance: Instance, x: Tilt) -> Evaluation:
+    """Read an `Evaluation` off an instance already tilted."""
+    logit = instance.logit_alpha[None] + x.log_odds_shift
+    log_tpm_a, log_tpm_u = jax.nn.log_sigmoid(logit), jax.nn.log_sigmoid(-logit)
+    p_star = jnp.exp(log_tpm_a) * x.aligned.tilted + jnp.exp(log_tpm_u) * x.unaligned.tilted
+    kl_terms = bregman_kl_term(x.t - x.log_z_centered, p_star, x.p_ref)
+    fields = Evaluation(
+        log_z=x.center / x.beta + x.log_z_centered,
+        log_tpm_aligned=log_tpm_a,
+        log_tpm_unaligned=log_tpm_u,
+        log_odds_shift=x.log_odds_shift,
+        kl=total(jnp.where(x.support, kl_terms, 0.0)),
+        expected_reward=x.center + total(p_star * x.above_center),
+        objective=x.center + x.beta * x.log_z_centered,
+    )
+    return jax.tree.map(lambda field: field[0], fields)
+
+
+def log_reference(x: Tilt) -> Float[Array, "outputs *tile"]:
+    """Return log p_ref of eq. (2), normalised; `-inf` outside the support."""
+    log_p = jnp.logaddexp(
+        x.log_alpha + x.aligned.log_p - x.aligned.log_total,
+        x.log_not_alpha + x.unaligned.log_p - x.unaligned.log_total,
+    )
+    return jnp.where(x.support, log_p, -jnp.inf)
+
+
+def optimal_policy(instance: Instance) -> Float[Array, "outputs"]:
+    """Return log p*, the optimum of eq. (1): p* ∝ p_ref e^{r/β}.
+
+    Args:
+        instance: one instance, or a batch with one leading axis.
+
+    Returns:
+        Log-probabilities (nats), [outputs] or [instances, outputs]; `-inf` exactly outside the
+        support of p_ref.
+
+    Numerics:
+        Formed as log p_ref + (r-m)/β - (log Z - m/β) with m = E_ref[r]; finite on the whole
+        support even where the probability itself underflows.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxsim import Instance, optimal_policy
+        >>> instance = Instance.from_probs([.5, .5], [.5, .5], [0., jnp.log(3.)], .5, 1.)
+        >>> print(jnp.exp(optimal_policy(instance)))
+        [0.25 0.75]
+    """
+    x = tilt(instance)
+    return log_reference(x) + (x.t - x.log_z_centered)
+
+
+def mixture_weights(instance: Instance) -> MixtureWeights:
+    """Return Lemma 1's weights, log α_A(y) and log α_U(y), of p* = α_A(y) p_A + α_U(y) p_U.
+
+    Args:
+        instance: one instance, or a batch with one leading axis.
+
+    Returns:
+        `MixtureWeights`, in logs, `-inf` outside the support. A weight may exceed one (its log be
+        positive): only its product with the component is a probability.
+
+    Example:
+        >>> from jaxsim import Instance, mixture_weights
+        >>> instance = Instance.from_probs([.5, .5], [.5, .5], [2., 2.], .25, 1.)
+        >>> print(jnp.exp(mixture_weights(instance).aligned))
+        [0.25 0.25]
+    """
+    x = tilt(instance)
+    log_ratio = jnp.where(x.support, x.t - x.log_z_centered, -jnp.inf)
+    return MixtureWeights(
+        aligned=x.log_alpha + log_ratio, unaligned=x.log_not_alpha + log_ratio
+    )
+
+
+def objective(log_policy: Float[Array, "outputs"], instance: Instance) -> Float[Array, ""]:
+    """Return eq. (1) for any policy: L(π) = E_π[r] - β KL(π‖p_ref).
+
+    Args:
+        log_policy: log π (nats), normalised, [outputs] or [instances, outputs].
+        instance: one instance, or a batch with one leading axis.
+
+    Returns:
+        L(π) in units of reward; `-inf` where π has mass outside the support of p_ref. Always
+        L(π) = β log Z - β KL(π‖p*).
+    """
+    x = tilt(instance)
+    log_ref = log_reference(x)
+    used = log_policy > LOG_ZERO
+    inside = used & x.support
+    log_ratio = jnp.where(inside, log_policy, 0.0) - jnp.where(inside, log_ref, 0.0)
+    policy = jnp.where(inside, jnp.exp(jnp.where(inside, log_policy, 0.0)), 0.0)
+    # Divided by the sum of π, which rounding keeps from being one: else that error is multiplied by
+    # the size of r/β.
+    value = x.center + x.beta * total(policy * (x.t - log_ratio)) / total(policy)
+    return jnp.where(jnp.any(used & ~x.support, axis=0), -jnp.inf, value[0])
+
+
+def tpm(log_policy: Float[Array, "outputs"], instance: Instance) -> Float[Array, ""]:
+    """Return the total probability mass that any policy π owes to A: E_π[α p_A / p_ref].
+
+    For π = p* this is Theorem 2's TPM(A); for π = p_ref it is α.
+
+    Args:
+        log_policy: log π (nats), normalised, [outputs] or [instances, outputs].
+        instance: one instance, or a batch with one leading axis.
+
+    Returns:
+        A probability. The mass of U is one minus it. Mass of π outside the support of p_ref
+        belongs to neither component and counts as zero.
+    """
+    log_p_a, log_p_u = finite_log(instance.log_p_aligned), finite_log(instance.log_p_unaligned)
+    support = jnp.maximum(log_p_a, log_p_u) > LOG_ZERO
+    log_total_ratio = jnp.log(total(jnp.exp(log_p_a)) / total(jnp.exp(log_p_u)))
+    log_odds = instance.logit_alpha[None] + (log_p_a - log_p_u) - log_total_ratio
+    share = jax.nn.sigmoid(jnp.where(support, log_odds, 0.0))
+    policy = jnp.exp(finite_log(log_policy))
+    return total(jnp.where(support, policy * share, 0.0))[0]
+
+
+def take_back_logits(
+    logits_tuned: Float[Array, "*batch outputs"],
+    logits_reference: Float[Array, "*batch outputs"],
+    *,
+    a: float,
+    b: float,
+) -> Float[Array, "*batch outputs"]:
+    """Return the paper's take-back logits, a·logits_tuned - b·logits_reference (section 1.4).
+
+    With p_tuned = p*, the softmax of the result is p_ref^{a-b} e^{a r/β} up to scale: a - b = 1
+    gives the optimum at β/a, and (a, b) = (0, -1) the reference back. The paper writes α and β for
+    a and b; here those letters mean the mixture weight and the KL price, and nothing else.
+
+    Args:
+        logits_tuned: logits or log-probabilities of the tuned policy, over the last axis.
+        logits_reference: likewise of the reference; `-inf` is outside its support.
+        a: factor of the tuned logits.
+        b: factor of the reference logits.
+
+    Returns:
+        Logits, unnormalised; `-inf` exactly outside the support of the reference, also at a = 0.
+
+    Numerics:
+        Exact for distributions over whole outputs; token by token it is an approximation.
+    """
+    tuned, reference = jnp.asarray(logits_tuned), jnp.asarray(logits_reference)
+    if tuned.shape != reference.shape:
+        raise ValueError(
+            f"take_back_logits: logits_tuned has shape {tuned.shape} and logits_reference "
+            f"{reference.shape}; they must be equal"
+        )
+    inside = reference > -jnp.inf
+    kept = jnp.where(a == 0, 0.0, a * jnp.where(inside & (a != 0), tuned, 0.0))
+    return jnp.where(inside, kept - b * jnp.where(inside, reference, 0.0), -jnp.inf)
