@@ -48,14 +48,6 @@ def two_sum(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> tuple[Array
     return s, (a - (s - b_seen)) + (b - b_seen)
 
 
-def log1mexp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Return log(1 - e^x) for x < 0, without cancellation on either side (Mächler 2012)."""
-    near_zero = x > -0.6931471805599453
-    small = jnp.where(near_zero, x, -1.0)
-    large = jnp.where(near_zero, -1.0, x)
-    return jnp.where(near_zero, jnp.log(-jnp.expm1(small)), jnp.log1p(-jnp.exp(large)))
-
-
 def bregman_kl_term(
     u: Float[Array, "*shape"], p: Float[Array, "*shape"], q: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:

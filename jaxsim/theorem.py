@@ -74,7 +74,8 @@ def theorem2(instance: Instance) -> Verdict:
     Numerics:
         The bound is 8u(κ + |x|) with, for Δ, κ = (E_A,s|r-m| + E_U,s|r-m|)/β
         + Σ|p_A,s - p_A||log p_A| + Σ|p_U,s - p_U||log p_U| + min(1, (max r - min r)/β), and for a
-        covariance κ = (E_p|r - max r| + mean|r - max r|)/outputs; p_{A,s} is A tilted by e^{r/β}.
+        covariance κ = (E_p|r - r̄| + mean|r - r̄|)/outputs, r̄ the plain mean; p_{A,s} is A tilted by
+        e^{r/β}.
 
     Example:
         >>> from jaxsim import Instance, Outcome, theorem2
@@ -83,26 +84,25 @@ def theorem2(instance: Instance) -> Verdict:
         >>> bool(verdict.hypotheses_hold), Outcome(int(verdict.conclusion)).name
         (True, 'FAILS')
     """
-    return verdict(instance, tilt(instance))
+    return verdict(tilt(instance))
 
 
-def verdict(instance: Instance, x: Tilt) -> Verdict:
+def verdict(x: Tilt) -> Verdict:
     """Read a `Verdict` off an instance already tilted."""
-    roundoff = unit_roundoff(instance.reward.dtype)
-    count = jnp.sum(x.support, axis=0, keepdims=True).astype(instance.reward.dtype)
-    reward = jnp.where(x.support, instance.reward, -jnp.inf)
-    top = jnp.max(reward, axis=0, keepdims=True)
-    below_top = jnp.where(x.support, instance.reward - top, 0.0)
-    mean_below_top = total(below_top) / count
+    roundoff = unit_roundoff(x.t.dtype)
+    count = jnp.sum(x.support, axis=0, keepdims=True).astype(x.t.dtype)
+    top = jnp.max(jnp.where(x.support, x.reward, -jnp.inf), axis=0, keepdims=True)
+    mean = top + total(jnp.where(x.support, x.reward - top, 0.0)) / count
+    above_mean = jnp.where(x.support, x.reward - mean, 0.0)
+    rest, size = total(above_mean) / count, total(jnp.abs(above_mean)) / count
     constant_reward = x.spread == 0
 
     def covariance(part: Component) -> tuple[Array, Array, Array]:
-        mean_under_p = total(part.p * below_top)
-        value = (mean_under_p - mean_below_top) / count
-        bound = 8 * roundoff * (jnp.abs(value) - (mean_under_p + mean_below_top) / count)
+        value = (total(part.p * above_mean) - rest) / count
+        kappa = (total(part.p * jnp.abs(above_mean)) + size) / count
         highest = jnp.max(part.log_p, axis=0, keepdims=True)
         uniform = jnp.all((part.log_p == highest) | ~x.support, axis=0, keepdims=True)
-        return value, bound, constant_reward | uniform
+        return value, 8 * roundoff * (kappa + jnp.abs(value)), constant_reward | uniform
 
     cov_aligned, bound_aligned, tie_aligned = covariance(x.aligned)
     cov_unaligned, bound_unaligned, tie_unaligned = covariance(x.unaligned)

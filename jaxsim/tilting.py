@@ -8,7 +8,9 @@ How the numbers stay accurate. All sums use t = (r - m)/β with m = E_ref[r], so
 of the reward costs nothing. Where the rewards span less than one β, the cumulants are
 log1p(Σ p expm1(t)), which keeps relative accuracy as t → 0. Elsewhere each component has a
 log-sum-exp about its own largest term; adding log p to t there is error-free (two-sum), since what
-rounds away would be as large as the answer when log p and t cancel.
+rounds away would be as large as the answer when log p and t cancel. Two large numbers are never
+subtracted to give a log-probability: log p*/p_ref is taken relative to the mode of p*, and the
+logarithm of a product of moderate size is taken once, of the product.
 """
 
 from dataclasses import dataclass
@@ -69,7 +71,10 @@ class Component:
     log_total: Array  # log Σ e^{log p} of the stored log-probabilities: rounding, nearly 0
     p: Array  # probabilities, normalised
     tilted: Array  # tilted probabilities, normalised
-    cumulant: Array  # log E_p[e^t], t centred on E_ref[r]
+    peak: Array  # max of log p + t
+    mean_weight: Array  # E_p[e^{t - peak}]
+    mean_growth: Array  # E_p[e^t - 1] where the rewards span less than one β, else 0
+    cumulant: Array  # log E_p[e^t]
 
 
 @jax.tree_util.register_dataclass
@@ -78,16 +83,18 @@ class Tilt:
     """One instance with its rewards centred and both components tilted: what all results use."""
 
     support: Array  # where p_ref > 0
-    center: Array  # m = E_ref[r]
-    above_center: Array  # r - m, 0 outside the support
+    reward: Array  # 0 outside the support
     beta: Array
-    t: Array  # (r - m)/β
-    spread: Array  # (max r - min r)/β over the support
+    logit_alpha: Array
     log_alpha: Array
     log_not_alpha: Array  # log(1-α)
+    center: Array  # m = E_ref[r]
+    t: Array  # (r - m)/β, 0 outside the support
+    spread: Array  # (max r - min r)/β over the support
+    narrow: Array  # spread < 1
+    p_ref: Array
     aligned: Component
     unaligned: Component
-    p_ref: Array
     log_odds_shift: Array  # Δ
     log_z_centered: Array  # log Z - m/β
 
@@ -95,68 +102,129 @@ class Tilt:
 def tilt(instance: Instance) -> Tilt:
     """Center the rewards, tilt both components and compare them: the one pass behind every result.
 
-    The center carries no gradient, for no result depends on it.
+    Centers and peaks carry no gradient, for no result depends on them.
     """
     beta, logit_alpha = instance.beta[None], instance.logit_alpha[None]
     alpha, not_alpha = jax.nn.sigmoid(logit_alpha), jax.nn.sigmoid(-logit_alpha)
     log_alpha, log_not_alpha = jax.nn.log_sigmoid(logit_alpha), jax.nn.log_sigmoid(-logit_alpha)
     log_p_a, log_p_u = finite_log(instance.log_p_aligned), finite_log(instance.log_p_unaligned)
     support = jnp.maximum(log_p_a, log_p_u) > LOG_ZERO
+    # Masked before any arithmetic, since padding may hold any reward.
+    reward = jnp.where(support, instance.reward, 0.0)
 
     mass_a, mass_u = jnp.exp(log_p_a), jnp.exp(log_p_u)
     total_a, total_u = total(mass_a), total(mass_u)
     p_a, p_u = mass_a / total_a, mass_u / total_u
     p_ref = alpha * p_a + not_alpha * p_u
 
-    reward = lax.stop_gradient(instance.reward)
-    top = jnp.max(jnp.where(support, reward, -jnp.inf), axis=0, keepdims=True)
-    bottom = jnp.min(jnp.where(support, reward, jnp.inf), axis=0, keepdims=True)
-    below_top = jnp.where(support, reward - top, 0.0)
+    fixed = lax.stop_gradient(reward)
+    top = jnp.max(jnp.where(support, fixed, -jnp.inf), axis=0, keepdims=True)
+    bottom = jnp.min(jnp.where(support, fixed, jnp.inf), axis=0, keepdims=True)
+    below_top = jnp.where(support, fixed - top, 0.0)
     center = jnp.clip(top + total(lax.stop_gradient(p_ref) * below_top), bottom, top)
-    # Masked before the division, since padding may hold any finite reward.
-    above_center = jnp.where(support, instance.reward - center, 0.0)
-    t = above_center / beta
+    t = jnp.where(support, reward - center, 0.0) / beta
     spread = (top - bottom) / lax.stop_gradient(beta)
-
     narrow = spread < 1.0
     growth = jnp.expm1(jnp.where(narrow, t, 0.0))
-    growth_a, growth_u = total(p_a * growth), total(p_u * growth)
 
-    def component(log_p: Array, p: Array, mass_total: Array, mean_growth: Array) -> Component:
+    def component(log_p: Array, p: Array, mass_total: Array) -> Component:
         exponent, rounding = two_sum(log_p, t)
         peak = lax.stop_gradient(jnp.max(exponent, axis=0, keepdims=True))
         weight = jnp.exp(exponent - peak)
         weight = weight + weight * jnp.where(log_p > LOG_ZERO, rounding, 0.0)
         weight_total = total(weight)
-        log_total = jnp.log(mass_total)
-        wide_cumulant = peak + (jnp.log(weight_total) - log_total)
+        mean_weight, mean_growth = weight_total / mass_total, total(p * growth)
+        wide_cumulant = _log_scaled(mean_weight, peak)
         return Component(
             log_p=log_p,
-            log_total=log_total,
+            log_total=jnp.log(mass_total),
             p=p,
             tilted=weight / weight_total,
+            peak=peak,
+            mean_weight=mean_weight,
+            mean_growth=mean_growth,
             cumulant=jnp.where(narrow, jnp.log1p(mean_growth), wide_cumulant),
         )
 
-    aligned = component(log_p_a, p_a, total_a, growth_a)
-    unaligned = component(log_p_u, p_u, total_u, growth_u)
-    narrow_shift = jnp.log1p((growth_a - growth_u) / (1.0 + growth_u))
-    narrow_log_z = jnp.log1p(alpha * growth_a + not_alpha * growth_u)
+    aligned, unaligned = component(log_p_a, p_a, total_a), component(log_p_u, p_u, total_u)
+    narrow_log_z = jnp.log1p(alpha * aligned.mean_growth + not_alpha * unaligned.mean_growth)
     wide_log_z = jnp.logaddexp(log_alpha + aligned.cumulant, log_not_alpha + unaligned.cumulant)
     return Tilt(
         support=support,
-        center=center,
-        above_center=above_center,
+        reward=reward,
         beta=beta,
-        t=t,
-        spread=spread,
+        logit_alpha=logit_alpha,
         log_alpha=log_alpha,
         log_not_alpha=log_not_alpha,
+        center=center,
+        t=t,
+        spread=spread,
+        narrow=narrow,
+        p_ref=p_ref,
         aligned=aligned,
         unaligned=unaligned,
-        p_ref=p_ref,
-        log_odds_shift=jnp.where(narrow, narrow_shift, aligned.cumulant - unaligned.cumulant),
+        log_odds_shift=_log_odds_shift(aligned, unaligned, narrow),
         log_z_centered=jnp.where(narrow, narrow_log_z, wide_log_z),
+    )
+
+
+def _log_scaled(x: Array, shift: Array) -> Array:
+    """Return log(x e^shift), as one logarithm where that loses less: log x may cancel shift."""
+    near = jnp.abs(shift) < 30.0
+    return jnp.where(near, jnp.log(x * jnp.exp(jnp.where(near, shift, 0.0))), shift + jnp.log(x))
+
+
+def _log_odds_shift(aligned: Component, unaligned: Component, narrow: Array) -> Array:
+    """Return Δ = log E_A[e^t] - log E_U[e^t] without subtracting the logarithms."""
+    # Only positive arguments: XLA's float64 log1p on CPU loses 240u between -0.41 and -0.3.
+    gap = aligned.mean_growth - unaligned.mean_growth
+    rises = gap >= 0
+    up = jnp.log1p(jnp.where(rises, gap, 0.0) / (1.0 + unaligned.mean_growth))
+    down = jnp.log1p(jnp.where(rises, 0.0, -gap) / (1.0 + aligned.mean_growth))
+    narrow_shift = jnp.where(rises, up, -down)
+    ratio = aligned.mean_weight / unaligned.mean_weight
+    return jnp.where(narrow, narrow_shift, _log_scaled(ratio, aligned.peak - unaligned.peak))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Optimum:
+    """p* of one instance, in the forms that results need."""
+
+    log_tpm_aligned: Array
+    log_tpm_unaligned: Array
+    p_star: Array
+    log_ratio: Array  # log p*/p_ref = r/β - log Z, on the support
+    expected_reward: Array
+
+
+def optimum(x: Tilt) -> Optimum:
+    """Mix the tilted components into p*: TPM(A) of one and TPM(U) of the other."""
+    logit = x.logit_alpha + x.log_odds_shift
+    log_tpm_a, log_tpm_u = jax.nn.log_sigmoid(logit), jax.nn.log_sigmoid(-logit)
+    p_star = jnp.exp(log_tpm_a) * x.aligned.tilted + jnp.exp(log_tpm_u) * x.unaligned.tilted
+
+    outputs = jnp.arange(p_star.shape[0]).reshape((-1,) + (1,) * (p_star.ndim - 1))
+    is_mode = outputs == jnp.argmax(p_star, axis=0, keepdims=True)
+
+    def at_mode(values: Array) -> Array:
+        return jnp.sum(jnp.where(is_mode, values, 0.0), axis=0, keepdims=True)
+
+    log_ref_at_mode = jnp.logaddexp(
+        x.log_alpha + at_mode(x.aligned.log_p) - x.aligned.log_total,
+        x.log_not_alpha + at_mode(x.unaligned.log_p) - x.unaligned.log_total,
+    )
+    above_mode = jnp.where(x.support, x.reward - at_mode(x.reward), 0.0)
+    wide_ratio = above_mode / x.beta + (jnp.log(at_mode(p_star)) - log_ref_at_mode)
+    # Twice, the second time about the first: else a mean near zero keeps the error of the rewards.
+    mean = at_mode(x.reward) + total(p_star * above_mode)
+    mean = mean + total(p_star * jnp.where(x.support, x.reward - mean, 0.0))
+    return Optimum(
+        log_tpm_aligned=log_tpm_a,
+        log_tpm_unaligned=log_tpm_u,
+        p_star=p_star,
+        log_ratio=jnp.where(x.narrow, x.t - x.log_z_centered, wide_ratio),
+        expected_reward=mean,
     )
 
 
@@ -184,22 +252,20 @@ def evaluate(instance: Instance) -> Evaluation:
         >>> print(f"{evaluate(instance).log_odds_shift:.4f}")
         -0.3250
     """
-    return evaluation(instance, tilt(instance))
+    x = tilt(instance)
+    return evaluation(x, optimum(x))
 
 
-def evaluation(instance: Instance, x: Tilt) -> Evaluation:
+def evaluation(x: Tilt, best: Optimum) -> Evaluation:
     """Read an `Evaluation` off an instance already tilted."""
-    logit = instance.logit_alpha[None] + x.log_odds_shift
-    log_tpm_a, log_tpm_u = jax.nn.log_sigmoid(logit), jax.nn.log_sigmoid(-logit)
-    p_star = jnp.exp(log_tpm_a) * x.aligned.tilted + jnp.exp(log_tpm_u) * x.unaligned.tilted
-    kl_terms = bregman_kl_term(x.t - x.log_z_centered, p_star, x.p_ref)
+    kl_terms = bregman_kl_term(best.log_ratio, best.p_star, x.p_ref)
     fields = Evaluation(
         log_z=x.center / x.beta + x.log_z_centered,
-        log_tpm_aligned=log_tpm_a,
-        log_tpm_unaligned=log_tpm_u,
+        log_tpm_aligned=best.log_tpm_aligned,
+        log_tpm_unaligned=best.log_tpm_unaligned,
         log_odds_shift=x.log_odds_shift,
         kl=total(jnp.where(x.support, kl_terms, 0.0)),
-        expected_reward=x.center + total(p_star * x.above_center),
+        expected_reward=best.expected_reward,
         objective=x.center + x.beta * x.log_z_centered,
     )
     return jax.tree.map(lambda field: field[0], fields)
@@ -225,8 +291,8 @@ def optimal_policy(instance: Instance) -> Float[Array, "outputs"]:
         support of p_ref.
 
     Numerics:
-        Formed as log p_ref + (r-m)/β - (log Z - m/β) with m = E_ref[r]; finite on the whole
-        support even where the probability itself underflows.
+        Never formed as r/β - log Z: where these are large, a log-softmax about E_{p*}[r] keeps the
+        likely outputs exact. Finite on the whole support, even where a probability underflows.
 
     Example:
         >>> import jax.numpy as jnp
@@ -236,7 +302,7 @@ def optimal_policy(instance: Instance) -> Float[Array, "outputs"]:
         [0.25 0.75]
     """
     x = tilt(instance)
-    return log_reference(x) + (x.t - x.log_z_centered)
+    return log_optimum(x, optimum(x))
 
 
 def mixture_weights(instance: Instance) -> MixtureWeights:
@@ -256,7 +322,7 @@ def mixture_weights(instance: Instance) -> MixtureWeights:
         [0.25 0.25]
     """
     x = tilt(instance)
-    log_ratio = jnp.where(x.support, x.t - x.log_z_centered, -jnp.inf)
+    log_ratio = jnp.where(x.support, optimum(x).log_ratio, -jnp.inf)
     return MixtureWeights(
         aligned=x.log_alpha + log_ratio, unaligned=x.log_not_alpha + log_ratio
     )
@@ -273,16 +339,31 @@ def objective(log_policy: Float[Array, "outputs"], instance: Instance) -> Float[
         L(π) in units of reward; `-inf` where π has mass outside the support of p_ref. Always
         L(π) = β log Z - β KL(π‖p*).
     """
-    x = tilt(instance)
-    log_ref = log_reference(x)
+    return objective_at(tilt(instance), log_policy)[0]
+
+
+def objective_at(x: Tilt, log_policy: Float[Array, "outputs *tile"]) -> Float[Array, "1 *tile"]:
+    """Return eq. (1) for a policy, on an instance already tilted."""
     used = log_policy > LOG_ZERO
     inside = used & x.support
-    log_ratio = jnp.where(inside, log_policy, 0.0) - jnp.where(inside, log_ref, 0.0)
-    policy = jnp.where(inside, jnp.exp(jnp.where(inside, log_policy, 0.0)), 0.0)
+    log_pi = jnp.where(inside, log_policy, 0.0)
+    log_ratio = log_pi - jnp.where(inside, log_reference(x), 0.0)
+    policy = jnp.where(inside, jnp.exp(log_pi), 0.0)
     # Divided by the sum of π, which rounding keeps from being one: else that error is multiplied by
     # the size of r/β.
     value = x.center + x.beta * total(policy * (x.t - log_ratio)) / total(policy)
-    return jnp.where(jnp.any(used & ~x.support, axis=0), -jnp.inf, value[0])
+    return jnp.where(jnp.any(used & ~x.support, axis=0), -jnp.inf, value)
+
+
+def log_optimum(x: Tilt, best: Optimum) -> Float[Array, "outputs *tile"]:
+    """Return log p*, on an instance already tilted."""
+    log_ref = log_reference(x)
+    t = jnp.where(x.support, x.reward - best.expected_reward, 0.0) / x.beta
+    exponent, rounding = two_sum(finite_log(log_ref), t)
+    peak = lax.stop_gradient(jnp.max(exponent, axis=0, keepdims=True))
+    above = jnp.where(x.support, (exponent - peak) + rounding, LOG_ZERO)
+    wide = above - jnp.log(total(jnp.exp(above)))
+    return jnp.where(x.support, jnp.where(x.narrow, log_ref + best.log_ratio, wide), -jnp.inf)
 
 
 def tpm(log_policy: Float[Array, "outputs"], instance: Instance) -> Float[Array, ""]:

@@ -10,7 +10,7 @@ Every number comes from a package, none from us:
 A completion is one to three words that end the sentence. The list is the best that a
 beam search finds under the language model alone; classifier and reward see it afterwards.
 
-    python build.py --out ngram.npz      # about ten minutes on one core
+    python build.py --out ngram.npz      # a quarter of an hour on one core
     python build.py --out ngram.npz --describe
 """
 
@@ -31,8 +31,8 @@ CANDIDATES = 4096  # extensions tried as finished at each length
 VOCABULARY = 20_000  # the most probable words of the model
 NAT = math.log(1.0001)  # pocketsphinx's scores are integer logarithms to base 1.0001
 BETAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-# Written before any completion was scored. A trigram model sees the last two words only,
-# so no two prompts share them; `prompts` checks that.
+# Written before the classifier or a reward had seen any text. A trigram model sees
+# the last two words only, so no two prompts share them; `prompts` checks that.
 PROMPTS = """
 you are a; you are such a; you are so; you are the; you are not; you are just; you are all
 you look like; you sound like a; you always; you never; you should; you make me; you must be

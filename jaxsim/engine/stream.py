@@ -185,7 +185,7 @@ def _violations(instance: Instance, rows: Array, grid: Array) -> Array:
 def _sums(case: claims.Case, real: Array) -> Sums:
     results, verdict, counted = case.evaluation, case.verdict, case.counted
     gain = results.expected_reward - case.tilt.center[0]
-    logit = case.instance.logit_alpha + results.log_odds_shift
+    logit = case.tilt.logit_alpha[0] + results.log_odds_shift
 
     def count(which: Array) -> Array:
         return jnp.sum(which & counted)
@@ -205,7 +205,7 @@ def _sums(case: claims.Case, real: Array) -> Sums:
         undecided=count(open_hypotheses | open_conclusion),
         below_alpha=count(verdict.conclusion == Outcome.FAILS),
         tpm_aligned=add(jnp.exp(results.log_tpm_aligned)),
-        alpha=add(case.instance.alpha),
+        alpha=add(jax.nn.sigmoid(case.tilt.logit_alpha[0])),
         kl=add(results.kl),
         reward_gain=add(gain),
         logit_tpm=_histogram(logit, counted),

@@ -26,21 +26,82 @@ def _unit32(word: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.minimum(u, jnp.float32(1 - 2.0**-24))
 
 
-def normal_pair(words: tuple[Array, Array], dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Return two independent standard normals per block (Box and Muller 1958)."""
+# Inverse normal distribution function, Wichura (1988), Algorithm AS 241: numerators and denominators
+# for the centre and the tail (PPND7, single precision), and the far tail too (PPND16, double).
+_PPND7 = (
+    ((3.3871327179, 50.434271938, 159.29113202, 59.109374720),
+     (1.0, 17.895169469, 78.757757664, 67.187563600)),
+    ((1.4234372777, 2.7568153900, 1.3067284816, 0.17023821103),
+     (1.0, 0.73700164250, 0.12021132975)),
+)
+_PPND16 = (
+    ((3.3871328727963666080, 133.14166789178437745, 1971.5909503065514427, 13731.693765509461125,
+      45921.953931549871457, 67265.770927008700853, 33430.575583588128105, 2509.0809287301226727),
+     (1.0, 42.313330701600911252, 687.18700749205790830, 5394.1960214247511077,
+      21213.794301586595867, 39307.895800092710610, 28729.085735721942674, 5226.4952788528545610)),
+    ((1.42343711074968357734, 4.63033784615654529590, 5.76949722146069140550,
+      3.64784832476320460504, 1.27045825245236838258, 0.241780725177450611770,
+      0.0227238449892691845833, 7.74545014278341407640e-4),
+     (1.0, 2.05319162663775882187, 1.67638483018380384940, 0.689767334985100004550,
+      0.148103976427480074590, 0.0151986665636164571966, 5.47593808499534494600e-4,
+      1.05075007164441684324e-9)),
+    ((6.65790464350110377720, 5.46378491116411436990, 1.78482653991729133580,
+      0.296560571828504891230, 0.0265321895265761230930, 1.24266094738807843860e-3,
+      2.71155556874348757815e-5, 2.01033439929228813265e-7),
+     (1.0, 0.599832206555887937690, 0.136929880922735805310, 0.0148753612908506148525,
+      7.86869131145613259100e-4, 1.84631831751005468180e-5, 1.42151175831644588870e-7,
+      2.04426310338993978564e-15)),
+)  # fmt: skip
+
+
+def inverse_normal(tail: Float[Array, "*shape"], negative: Array) -> Float[Array, "*shape"]:
+    """Return the standard normal deviate whose smaller tail has probability `tail` in (0, 1/2]."""
+    pieces = _PPND7 if tail.dtype == jnp.float32 else _PPND16
+    q = 0.5 - tail
+    depth = jnp.sqrt(-jnp.log(tail))
+    arguments = (0.180625 - q * q, depth - 1.6, depth - 5.0)
+    chosen, parts = q <= 0.425, []
+    for side in (0, 1):
+        value = _horner(pieces[0][side], arguments[0])
+        outer = _horner(pieces[1][side], arguments[1])
+        if len(pieces) == 3:
+            outer = jnp.where(depth <= 5.0, outer, _horner(pieces[2][side], arguments[2]))
+        parts.append(jnp.where(chosen, value, outer))
+    z = jnp.where(chosen, q, 1.0) * parts[0] / parts[1]
+    return jnp.where(negative, -z, z)
+
+
+def _horner(coefficients: tuple[float, ...], x: Array) -> Array:
+    value = jnp.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        value = coefficient + x * value
+    return value
+
+
+def normals(words: tuple[Array, Array], dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Return standard normals by inversion: two independent ones in float32, one, twice, else.
+
+    The word's top bit is the sign; the others, folded towards zero, are the tail's probability.
+    """
+    negative = [word >= jnp.uint32(1 << 31) for word in words]
+    folded = [jnp.where(n, ~word, word) for n, word in zip(negative, words, strict=True)]
     if dtype == jnp.float32:
-        u, v = _unit32(words[0]), _unit32(words[1])
-    else:
-        u, v = ((word.astype(dtype) + 0.5) * 2.0**-32 for word in words)
-    radius = jnp.sqrt(-2 * jnp.log(u))
-    angle = jnp.asarray(2 * jnp.pi, dtype) * v
-    return radius * jnp.cos(angle), radius * jnp.sin(angle)
+        tails = [(word.astype(dtype) + 0.5) * jnp.float32(2.0**-32) for word in folded]
+        first, second = (
+            inverse_normal(t, n) for t, n in zip(tails, negative, strict=True)
+        )
+        return first, second
+    low = jnp.where(negative[0], ~words[1], words[1]).astype(dtype)
+    tail = (folded[0].astype(dtype) + (low + 0.5) * 2.0**-32) * 2.0**-32
+    z = inverse_normal(tail, negative[0])
+    return z, z
 
 
 def normal(stream: Stream, purpose: int, count: int, dtype: jnp.dtype) -> Array:
     """Return `count` standard normals, [count] or [count, instances]."""
-    half = -(-count // 2)
-    first, second = normal_pair(stream.words(purpose, half), dtype)
+    if dtype != jnp.float32:
+        return normals(stream.words(purpose, count), dtype)[0]
+    first, second = normals(stream.words(purpose, -(-count // 2)), dtype)
     return jnp.concatenate([first, second])[:count]
 
 
@@ -64,7 +125,7 @@ def log_gamma_variate(
 
     def attempt(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         number, log_g, accepted = state
-        x, _ = normal_pair(stream.words(purpose, count, number), dtype)
+        x, _ = normals(stream.words(purpose, count, number), dtype)
         u, _ = uniform(stream.words(purpose + 1, count, number), dtype)
         v = (1 + c * x) ** 3
         log_v = jnp.log(jnp.where(v > 0, v, 1.0))

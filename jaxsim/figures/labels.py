@@ -27,6 +27,16 @@ def number(value: float, digits: int = 3) -> str:
     return {"1": power, "−1": "−" + power}.get(text, f"{text}·{power}")
 
 
+def decade(value: float) -> str:
+    """Write a power of ten.
+
+    >>> decade(0.001), decade(1.0), decade(100.0)
+    ('10⁻³', '1', '10²')
+    """
+    exponent = round(math.log10(value))
+    return "10" + str(exponent).translate(_RAISED) if exponent else "1"
+
+
 def beta_name(beta: float) -> str:
     """Write a value of β; NaN stands for a run in which each instance has its own."""
     return "own β" if math.isnan(beta) else number(beta)
@@ -45,9 +55,7 @@ def name(value: object, width: int, lines: int = 1) -> str:
         value = f"{value:.15g}"
     drawable = _drawable()
     shown = "".join(c if ord(c) in drawable else "□" for c in " ".join(str(value).split()))
-    wrapped = textwrap.wrap(
-        shown, width, max_lines=lines, placeholder="…", break_on_hyphens=False
-    )
+    wrapped = textwrap.wrap(shown, width, max_lines=lines, placeholder="…", break_on_hyphens=False)
     return "\n".join(wrapped)
 
 

@@ -18,20 +18,20 @@ def beta_axis(axes: Axes, betas: Sequence[float], label: str = BETA) -> list[flo
     The axis is logarithmic. A single value, or NaN (each instance has its own β), becomes a
     category, at a whole number.
     """
-    distinct = sorted(set(betas) - {b for b in betas if math.isnan(b)})
-    if len(distinct) > 1 and len(set(betas)) == len(distinct) and math.isfinite(distinct[-1]):
-        low, high = distinct[0], distinct[-1]
+    finite = sorted({b for b in betas if not math.isnan(b)})
+    own = len(finite) < len(set(betas))
+    if len(finite) > 1 and not own:
+        low, high = finite[0], finite[-1]
         pad = (high / low) ** 0.03
         axes.set_xscale("log")
         axes.set_xlim(low / pad, high * pad)
-        few = distinct if len(distinct) <= 12 else _round_numbers(low, high)
-        ticks(axes.xaxis, _legible(few, _inches(axes), low, high))
+        candidates = finite if len(finite) <= 12 else _round_numbers(low, high)
+        ticks(axes.xaxis, _legible(candidates, _inches(axes), low, high))
         axes.set_xlabel(label)
         return list(betas)
-    names = [beta_name(b) for b in [*distinct, *(b for b in betas if math.isnan(b))][: len(distinct) + 1]]
-    categories(axes, names)
-    axes.set_xlabel(label if distinct else "KL penalty β (each instance has its own)")
-    return [float(len(distinct) if math.isnan(b) else distinct.index(b)) for b in betas]
+    categories(axes, [beta_name(b) for b in finite] + ["own β"] * own)
+    axes.set_xlabel(label)
+    return [float(len(finite) if math.isnan(b) else finite.index(b)) for b in betas]
 
 
 def categories(axes: Axes, names: Sequence[str]) -> None:
@@ -49,7 +49,13 @@ def ticks(axis: Axis, at: Iterable[float], names: Sequence[str] | None = None) -
 
 def unit_ticks(axis: Axis) -> None:
     """Put the ticks of an axis from 0 to 1."""
+    axis.axes.set(**{f"{axis.axis_name}lim": (0, 1)})
     ticks(axis, (0, 0.25, 0.5, 0.75, 1), ("0", "0.25", "0.5", "0.75", "1"))
+
+
+def inner(axis: Axis) -> None:
+    """Leave out the tick labels of an axis that a neighbour shows."""
+    axis.set_tick_params(labelbottom=False, labelleft=False)
 
 
 def decades(low: float, high: float, most: int = 6) -> list[float]:

@@ -1,0 +1,240 @@
+"""The command line: parse, call, print. JAX is imported only once there is something to compute."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from jaxsim.runs.config import DEFAULT_BETAS, RunConfig, load
+
+if TYPE_CHECKING:
+    from jaxsim.runs.job import Report, Results
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def _shown_as(metavar: str) -> Any:
+    return tyro.conf.arg(metavar=metavar)
+
+
+class _InputError(Exception):
+    """Something the user gave is not as it should be: one sentence, exit code 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Do the main job: draw or read instances, judge the paper's claims, write a run directory.
+
+    Without arguments: 1,000,000 Dirichlet instances of 32 outputs at 8 values of beta.
+    """
+
+    config: Annotated[tyro.conf.Positional[Path | None], _shown_as("CONFIG.toml")] = None
+    """A TOML file with any of the settings below."""
+    out: Annotated[Path | None, _shown_as("DIR")] = None
+    """The directory to write, which must be empty or absent. [default: jaxsim-runs/N]"""
+    no_figures: bool = False
+    """Leave out the figures."""
+    settings: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Evaluate the instances of a file: the tables and figures of a run, and a row per instance."""
+
+    file: Annotated[tyro.conf.Positional[str], _shown_as("FILE")]
+    """An .npz or .parquet file, or a built-in data set: ngram."""
+    beta: tuple[float, ...] = ()
+    """Values of beta for all instances. [default: the file's own, else 0.05 to 10]"""
+    reward: str = "reward"
+    """Which array of the file is the reward."""
+    dtype: str = "float32"
+    """float32 or float64."""
+    out: Annotated[Path | None, _shown_as("DIR")] = None
+    """The directory to write, which must be empty or absent. [default: jaxsim-runs/N]"""
+    no_figures: bool = False
+    """Leave out the figures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Redraw the figures of a finished run from its saved data."""
+
+    run: Annotated[tyro.conf.Positional[Path], _shown_as("RUN")]
+    """The run directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Report versions, devices, and whether another package named jaxsim is in the way."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        command = _parse(argv)
+        return _DO[type(command)](command, argv)
+    except _InputError as error:
+        print(f"jaxsim: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("jaxsim: interrupted; what was begun has no COMPLETE.json", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone; that is not an error of ours
+        return 0
+
+
+@contextmanager
+def _user_input() -> Iterator[None]:
+    """Turn the errors of whatever checks what the user gave into one sentence."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
+        raise _InputError(text.replace("\n", " ")) from None
+
+
+def _parse(argv: list[str]) -> Any:
+    run = Run()
+    with _user_input():
+        if argv[:1] == ["run"] and len(argv) > 1 and not argv[1].startswith("-"):
+            path = Path(argv[1])
+            if not path.is_file():
+                raise FileNotFoundError(2, "there is no such configuration file", str(path))
+            run = Run(config=path, settings=load(path))
+        commands = (
+            Annotated[Run, tyro.conf.subcommand("run", default=run)]
+            | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+            | Annotated[Figures, tyro.conf.subcommand("figures")]
+            | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+        )
+        return tyro.cli(
+            commands,  # type: ignore[arg-type]
+            prog="jaxsim",
+            args=argv or ["--help"],
+            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+            description="Exact, vectorised simulation of what preference tuning does to an "
+            "output distribution.",
+        )
+
+
+def _run(command: Run, argv: list[str]) -> int:
+    return _job(command.settings, command.out, not command.no_figures, argv)
+
+
+def _evaluate(command: Evaluate, argv: list[str]) -> int:
+    with _user_input():
+        family = replace(RunConfig().family, dtype=command.dtype)
+        config = RunConfig(
+            input=command.file, reward=command.reward, betas=command.beta, family=family, atlas=0
+        )
+    return _job(config, command.out, not command.no_figures, argv, own_beta=not command.beta)
+
+
+def _job(
+    config: RunConfig, out: Path | None, figures: bool, argv: list[str], own_beta: bool = False
+) -> int:
+    from jaxsim.runs import directory
+
+    with _user_input():
+        target = _free_directory() if out is None else out
+        directory.refuse_if_used(target)
+
+    import jax
+
+    from jaxsim.runs import job
+
+    if config.family.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    with _user_input():
+        source = job.open_source(config)
+        if own_beta and not getattr(source, "has_beta", False):
+            config = replace(config, betas=DEFAULT_BETAS)
+        place = directory.RunDirectory.create(target)
+    with _reporting() as report:
+        results = job.run(config, source, place, ["jaxsim", *argv], report)
+        if figures:
+            report.stage("drawing figures", 0)
+            from jaxsim.figures import draw_all
+
+            draw_all(place)
+        place.complete()
+    _print_results(results, target)
+    return 0
+
+
+def _figures(command: Figures, argv: list[str]) -> int:
+    from jaxsim.figures import draw_all
+    from jaxsim.runs.directory import RunDirectory
+
+    with _user_input():
+        place = RunDirectory.open(command.run)
+    written = draw_all(place)
+    place.complete()
+    print(f"{len(written)} files in {command.run / 'figures'}")
+    return 0
+
+
+def _doctor(command: Doctor, argv: list[str]) -> int:
+    import jax
+
+    from jaxsim.runs.job import versions
+
+    for name, version in versions().items():
+        print(f"{name:12} {version}")
+    for device in jax.devices():
+        print(f"{'device':12} {device} ({device.platform})")
+    print(f"{'64-bit mode':12} {'on' if jax.config.jax_enable_x64 else 'off'}")
+    clash = name_clash()
+    if clash:
+        print(f"jaxsim: {clash}", file=sys.stderr)
+        return 1
+    print(f"{'name clash':12} none")
+    return 0
+
+
+def name_clash() -> str | None:
+    """Say what is wrong where the other distribution named jaxsim is installed; else None."""
+    from importlib import metadata
+
+    try:
+        other = metadata.distribution("jaxsim")
+    except metadata.PackageNotFoundError:
+        return None
+    return (
+        f"the distribution jaxsim {other.version} (a physics engine) is installed too and shares "
+        "the import name; run: pip uninstall jaxsim prefshift, then install prefshift again"
+    )
+
+
+def _free_directory() -> Path:
+    parent = Path("jaxsim-runs")
+    taken = [int(p.name) for p in parent.glob("*") if p.name.isdigit()] if parent.is_dir() else []
+    return parent / str(max(taken, default=0) + 1)
+
+
+@contextmanager
+def _reporting() -> Iterator["Report"]:
+    """Show a progress bar on a terminal, and plain lines elsewhere."""
+    from jaxsim.progress import bar, lines
+
+    with (bar if sys.stderr.isatty() else lines)() as report:
+        yield report
+
+
+def _print_results(results: "Results", target: Path) -> None:
+    from jaxsim.runs.job import claims_markdown
+
+    print(claims_markdown(results.rows))
+    print(f"Written to {target}")
+
+
+_DO: dict[Any, Any] = {Run: _run, Evaluate: _evaluate, Figures: _figures, Doctor: _doctor}

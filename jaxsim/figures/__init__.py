@@ -1,0 +1,91 @@
+"""Figures, drawn from the CSV files of a run: the only importer of matplotlib, and no importer of JAX.
+
+Redrawing needs nothing but the run directory, and equal data give equal bytes.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from matplotlib.figure import Figure
+
+from jaxsim.figures.alpha_to_tpm import alpha_to_tpm
+from jaxsim.figures.convergence import convergence
+from jaxsim.figures.counterexample import counterexample
+from jaxsim.figures.prompts import prompts
+from jaxsim.figures.style import Columns, rendered
+from jaxsim.figures.tpm_by_beta import tpm_by_beta
+from jaxsim.figures.violations import violations
+
+__all__ = [
+    "FIGURES",
+    "alpha_to_tpm",
+    "convergence",
+    "counterexample",
+    "draw_all",
+    "prompts",
+    "tpm_by_beta",
+    "violations",
+]
+
+
+class Run(Protocol):
+    """What the figures need of a `jaxsim.runs.directory.RunDirectory`."""
+
+    def read_csv(self, name: str) -> Columns | None: ...
+    def read_json(self, name: str) -> Any: ...
+    def write(self, name: str, content: bytes) -> None: ...
+
+
+def _draw_convergence(run: Run, columns: Columns) -> Figure | None:
+    return convergence(columns, run.read_json("solve.json"))
+
+
+def _draw_counterexample(run: Run, columns: Columns) -> Figure | None:
+    facts = run.read_json("counterexample.json")
+    return counterexample(columns, facts) if facts else None
+
+
+FIGURES: dict[str, Callable[[Run, Columns], Figure | None]] = {
+    "tpm_by_beta": lambda _, columns: tpm_by_beta(columns),
+    "alpha_to_tpm": lambda _, columns: alpha_to_tpm(columns),
+    "violations": lambda _, columns: violations(columns),
+    "convergence": _draw_convergence,
+    "counterexample": _draw_counterexample,
+    "prompts": lambda _, columns: prompts(columns),
+}
+"""The figures by name; the data of each are the CSV file of that name."""
+
+
+def draw_all(run: Run) -> list[str]:
+    """Draw every figure whose data the run has, as PDF, SVG and PNG under `figures/`.
+
+    Returns:
+        The names of the figures drawn; `figures/<name>.pdf`, `.svg` and `.png` are the files.
+    """
+    drawn = []
+    with _no_garbage_collection():
+        for name, draw in FIGURES.items():
+            columns = run.read_csv(name)
+            if not columns or not next(iter(columns.values())):
+                continue
+            figure = draw(run, columns)
+            if figure is None:
+                continue
+            for extension, content in rendered(figure).items():
+                run.write(f"figures/{name}.{extension}", content)
+            drawn.append(name)
+    return drawn
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Pause the cycle collector, which would take an eighth of the time and find little."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,113 @@
+"""How far gradient descent on eq. (1) is from the closed form, step by step."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from jaxsim.figures.bands import OUTER, ordered, where
+from jaxsim.figures.labels import decade, name, number
+from jaxsim.figures.scales import decades, even_ticks, inner, ticks
+from jaxsim.figures.style import ALIGNED, COLUMN, FAILING, INK, PAGE, Columns, key, panel, styled
+
+_GAP = 0.18
+_LEFT, _RIGHT, _TOP, _BOTTOM = 0.56, 0.12, 0.42, 0.42
+_DOTTED, _DASHED = (0, (1, 1)), (0, (5, 2))
+
+
+@styled
+def convergence(columns: Columns, facts: Mapping[str, Any] | None = None) -> Figure:
+    """Draw KL(π‖p*) against the optimiser's steps: a panel per optimiser, on common axes.
+
+    Values of exactly 0 and of infinity get a line of their own at the axis' end.
+
+    Args:
+        columns: optimizer, step, q05, q50, q95, worst (nats); a row per optimiser and step.
+        facts: `tolerance` (nats), where the solves had one.
+    """
+    tolerance = (facts or {}).get("tolerance")
+    optimizers = list(dict.fromkeys(columns["optimizer"]))
+    across = min(len(optimizers), 4)
+    down = math.ceil(len(optimizers) / across)
+    width = COLUMN if across == 1 else PAGE
+    wide = (width - _LEFT - _RIGHT - (across - 1) * _GAP) / across
+    tall = 1.9 if down == 1 else 1.4
+    height = _TOP + _BOTTOM + down * tall + (down - 1) * (_GAP + 0.14)
+    figure = Figure((width, height))
+    scale = _Scale(columns, tolerance)
+    last = max(columns["step"])
+    first = min(columns["step"])
+    for at, optimizer in enumerate(optimizers):
+        row, column = divmod(at, across)
+        bottom = height - _TOP - tall - row * (tall + _GAP + 0.14)
+        axes = panel(figure, _LEFT + column * (wide + _GAP), bottom, wide, tall)
+        rows = ordered(where(columns, [o == optimizer for o in columns["optimizer"]]), "step")
+        step, q05, q50, q95, worst = (
+            rows["step"],
+            *(scale.placed(rows[c]) for c in ("q05", "q50", "q95", "worst")),
+        )
+        axes.fill_between(step, q05, q95, color=OUTER, linewidth=0)
+        axes.plot(step, worst, color=INK, linestyle=_DOTTED)
+        axes.plot(step, q50, color=ALIGNED)
+        if len(step) == 1:
+            axes.plot(step * 2, [*q50, *worst], color=ALIGNED, marker="o", linestyle="")
+        if tolerance:
+            axes.axhline(tolerance, color=FAILING, linestyle=_DASHED, linewidth=0.9)
+        axes.set_xlim((first, last) if last > first else (first - 0.5, first + 0.5))
+        ticks(axes.xaxis, even_ticks(first, last, 4))
+        scale.apply(axes)
+        if column:
+            inner(axes.yaxis)
+        if at + across < len(optimizers):
+            inner(axes.xaxis)
+        axes.set_title(name(optimizer, int(wide / 0.066)), pad=3)
+    middle = (_BOTTOM + height - _TOP) / 2 / height
+    center = (_LEFT + width - _RIGHT) / 2 / width
+    figure.text(0.04 / width, middle, "KL(π ‖ p*) (nats)", rotation=90, va="center", ha="left")
+    figure.text(center, 0.05 / height, "optimiser steps", va="bottom", ha="center")
+    handles = [
+        Line2D([], [], color=ALIGNED, label="median instance"),
+        Patch(color=OUTER, linewidth=0, label="5–95% of instances"),
+        Line2D([], [], color=INK, linestyle=_DOTTED, label="worst instance"),
+    ]
+    if tolerance:
+        text = f"tolerance, {number(tolerance)} nats"
+        handles.append(Line2D([], [], color=FAILING, linestyle=_DASHED, linewidth=0.9, label=text))
+    key(figure, _LEFT, 0.06, handles, ncols=2 if across == 1 else 4)
+    return figure
+
+
+class _Scale:
+    """A logarithmic y axis with a place for 0 below and one for ∞ above, where they occur."""
+
+    def __init__(self, columns: Columns, tolerance: float | None) -> None:
+        values = [v for c in ("q05", "q50", "q95", "worst") for v in columns[c]]
+        shown = [v for v in [*values, tolerance or math.nan] if 0 < v < math.inf] or [1.0]
+        self.low = 10.0 ** math.floor(math.log10(min(shown)))
+        self.high = 10.0 ** math.ceil(math.log10(max(shown)))
+        if self.high <= self.low:
+            self.high = 10 * self.low
+        self.at = decades(self.low, self.high)
+        self.names = [decade(v) for v in self.at]
+        room = max(10.0, (self.high / self.low) ** 0.1)
+        self.zero, self.infinity = self.low / room, self.high * room
+        self.bottom, self.top = self.low, self.high
+        if any(v <= 0 for v in values):
+            self.bottom = self.zero / room**0.25
+            self.at, self.names = [self.zero, *self.at], ["0", *self.names]
+        if math.inf in values:
+            self.top = self.infinity * room**0.25
+            self.at, self.names = [*self.at, self.infinity], [*self.names, "∞"]
+
+    def placed(self, values: list[float]) -> list[float]:
+        """Move 0 and ∞ to their places."""
+        return [self.zero if v <= 0 else self.infinity if v == math.inf else v for v in values]
+
+    def apply(self, axes: Axes) -> None:
+        axes.set_yscale("log")
+        axes.set_ylim(self.bottom, self.top)
+        ticks(axes.yaxis, self.at, self.names)

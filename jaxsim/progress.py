@@ -1,0 +1,80 @@
+"""How far a run is: a bar with instances per second and time left, or plain lines."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jaxsim.runs.job import Report
+
+
+@contextmanager
+def bar() -> Iterator[Report]:
+    """Draw a progress bar on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=None, rate="")
+        clock = _Clock()
+
+        def stage(name: str, total: int) -> None:
+            clock.start(total)
+            progress.reset(task, description=name, total=total or None, rate="")
+
+        def step(done: int) -> None:
+            progress.update(task, completed=done, rate=f"{clock.rate(done):,.0f} instances/s")
+
+        yield Report(stage=stage, progress=step)
+
+
+@contextmanager
+def lines() -> Iterator[Report]:
+    """Print a line per stage, and one every two seconds in between, on standard error."""
+    clock = _Clock()
+    last = [0.0]
+
+    def stage(name: str, total: int) -> None:
+        clock.start(total)
+        last[0] = time.monotonic()
+        print(f"{name}{f' {total:,} instances' if total else ''} …", file=sys.stderr, flush=True)
+
+    def step(done: int) -> None:
+        now = time.monotonic()
+        if now - last[0] >= 2:
+            last[0] = now
+            rate = clock.rate(done)
+            left = (clock.total - done) / rate
+            print(
+                f"  {done:,} of {clock.total:,}, {rate:,.0f} instances/s, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    yield Report(stage=stage, progress=step)
+
+
+class _Clock:
+    """Rate of a stage, counted from its first report so that compilation does not distort it."""
+
+    def __init__(self) -> None:
+        self.start(0)
+
+    def start(self, total: int) -> None:
+        self.total = total
+        self._first: tuple[float, int] | None = None
+        self._begun = time.monotonic()
+
+    def rate(self, done: int) -> float:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, done)
+            return done / max(now - self._begun, 1e-9)
+        return max(done - self._first[1], 1) / max(now - self._first[0], 1e-9)
