@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxsim.descent import Solution as Solution
+    from jaxsim.descent import Status as Status
     from jaxsim.engine.lift import evaluate as evaluate
     from jaxsim.engine.lift import mixture_weights as mixture_weights
     from jaxsim.engine.lift import objective as objective
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from jaxsim.families.spec import Scalar as Scalar
     from jaxsim.instance import Instance as Instance
     from jaxsim.logspace import kl_divergence as kl_divergence
-    from jaxsim.descent import Solution as Solution
-    from jaxsim.descent import Status as Status
     from jaxsim.theorem import Outcome as Outcome
     from jaxsim.theorem import Verdict as Verdict
     from jaxsim.tilting import Evaluation as Evaluation
@@ -54,7 +54,7 @@ _HOME = {
     "theorem2": "engine.lift",
     "tpm": "engine.lift",
 }
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsim.instance import Instance
-from jaxsim.logspace import LOG_ZERO, finite_log, total, unit_roundoff
-from jaxsim.theorem import Outcome, Verdict, verdict
+from jaxsim.logspace import LOG_ZERO, finite_log, first_where, total, unit_roundoff
+from jaxsim.theorem import Covariances, Outcome, Verdict, verdict
 from jaxsim.tilting import (
+    Centered,
     Evaluation,
     Optimum,
     Tilt,
@@ -38,7 +38,7 @@ class Case:
     optimum: Optimum
     evaluation: Evaluation
     verdict: Verdict
-    counted: Bool[Array, "instances"]  # not padding, and all results finite
+    counted: Bool[Array, " instances"]  # not padding, and all results finite
 
 
 @jax.tree_util.register_dataclass
@@ -46,10 +46,10 @@ class Case:
 class Judgement:
     """A claim on each instance of a tile."""
 
-    applies: Bool[Array, "instances"]
-    margin: Float[Array, "instances"]
-    failed: Bool[Array, "instances"]
-    undecided: Bool[Array, "instances"]
+    applies: Bool[Array, " instances"]
+    margin: Float[Array, " instances"]
+    failed: Bool[Array, " instances"]
+    undecided: Bool[Array, " instances"]
 
 
 @jax.tree_util.register_dataclass
@@ -83,9 +83,11 @@ class Claim:
     everywhere: bool
 
 
-def case(instance: Instance, real: Bool[Array, "instances"]) -> Case:
-    """Evaluate a tile once for all claims; `real` marks the rows that are not padding."""
-    x = tilt(instance)
+def case(
+    base: Centered, hypotheses: Covariances, beta: Float[Array, " instances"], real: Array
+) -> Case:
+    """Evaluate a tile at one β for all claims; `real` marks the rows that are not padding."""
+    x = tilt(base, beta)
     best = optimum(x)
     results = evaluation(x, best)
     finite = jnp.all(jnp.stack([jnp.isfinite(f) for f in jax.tree.leaves(results)]), axis=0)
@@ -93,7 +95,7 @@ def case(instance: Instance, real: Bool[Array, "instances"]) -> Case:
         tilt=x,
         optimum=best,
         evaluation=results,
-        verdict=verdict(x),
+        verdict=verdict(hypotheses, x),
         counted=real & finite,
     )
 
@@ -101,12 +103,13 @@ def case(instance: Instance, real: Bool[Array, "instances"]) -> Case:
 def tally(judgement: Judgement) -> Tally:
     """Sum a judgement over its tile."""
     margin = jnp.where(judgement.applies, judgement.margin, jnp.inf)
+    worst = jnp.min(margin)
     return Tally(
         tried=jnp.sum(judgement.applies),
         failed=jnp.sum(judgement.applies & judgement.failed),
         undecided=jnp.sum(judgement.applies & judgement.undecided),
-        worst_margin=jnp.min(margin),
-        worst_row=jnp.argmin(margin),
+        worst_margin=worst,
+        worst_row=jnp.sum(jnp.where(first_where(margin == worst), jnp.arange(margin.size), 0)),
     )
 
 
@@ -124,15 +127,15 @@ def _within(c: Case, error: Array, allowed: Array) -> Judgement:
 def _rounding(c: Case) -> Array:
     """What rounding may do to a log-probability of p*, and so to a sum of relative errors."""
     size = jnp.max(jnp.abs(c.tilt.t), axis=0) + jnp.abs(c.tilt.log_z_centered[0])
-    for part in (c.tilt.aligned, c.tilt.unaligned):
+    for part in (c.tilt.base.aligned, c.tilt.base.unaligned):
         information = jnp.where(part.log_p > LOG_ZERO, jnp.abs(part.log_p), 0.0)
         size = jnp.maximum(size, jnp.max(information, axis=0))
-    return 32 * unit_roundoff(c.tilt.t.dtype) * (1.0 + size + jnp.abs(c.tilt.logit_alpha[0]))
+    return 32 * unit_roundoff(c.tilt.t.dtype) * (1.0 + size + jnp.abs(c.tilt.base.logit_alpha[0]))
 
 
 def _total_variation(c: Case, log_p: Array, log_q: Array) -> Array:
     difference = jnp.abs(jnp.exp(finite_log(log_p)) - jnp.exp(finite_log(log_q)))
-    return 0.5 * total(jnp.where(c.tilt.support, difference, 0.0))[0]
+    return 0.5 * total(jnp.where(c.tilt.base.support, difference, 0.0))[0]
 
 
 def _softmax_log(logits: Array) -> Array:
@@ -141,14 +144,15 @@ def _softmax_log(logits: Array) -> Array:
 
 def _optimum_at(c: Case, factor: float) -> Array:
     """Return log of the optimum at β/factor, by a plain softmax of log p_ref + factor·r/β."""
-    return _softmax_log(finite_log(log_reference(c.tilt)) + factor * c.tilt.t)
+    return _softmax_log(finite_log(log_reference(c.tilt.base)) + factor * c.tilt.t)
 
 
 def _closed_form(c: Case) -> Judgement:
     """L(p*) by its definition, against the reference and the optima at 2β and β/2."""
-    best = objective_at(c.tilt, log_optimum(c.tilt, c.optimum))[0]
-    rivals = [log_reference(c.tilt), _optimum_at(c, 0.5), _optimum_at(c, 2.0)]
-    lead = jnp.stack([best - objective_at(c.tilt, q)[0] for q in rivals]).min(axis=0)
+    best = objective_at(c.tilt.base, c.tilt.beta, log_optimum(c.tilt, c.optimum))[0]
+    rivals = [log_reference(c.tilt.base), _optimum_at(c, 0.5), _optimum_at(c, 2.0)]
+    values = [objective_at(c.tilt.base, c.tilt.beta, q)[0] for q in rivals]
+    lead = jnp.stack([best - value for value in values]).min(axis=0)
     margin = lead / c.tilt.beta[0] + _rounding(c)
     return Judgement(
         applies=c.counted,
@@ -160,18 +164,18 @@ def _closed_form(c: Case) -> Judgement:
 
 def _lemma_1(c: Case) -> Judgement:
     """The mixture with Lemma 1's weights against a plain softmax of log p_ref + r/β."""
-    log_ratio = c.optimum.log_ratio
+    base, ratio = c.tilt.base, c.optimum.log_ratio
     mixed = jnp.logaddexp(
-        c.tilt.log_alpha + log_ratio + c.tilt.aligned.log_p - c.tilt.aligned.log_total,
-        c.tilt.log_not_alpha + log_ratio + c.tilt.unaligned.log_p - c.tilt.unaligned.log_total,
+        base.log_alpha + ratio + base.aligned.log_p - jnp.log(base.aligned.total),
+        base.log_not_alpha + ratio + base.unaligned.log_p - jnp.log(base.unaligned.total),
     )
     return _within(c, _total_variation(c, mixed, _optimum_at(c, 1.0)), _rounding(c))
 
 
 def _supports(c: Case) -> Judgement:
     log_p = log_optimum(c.tilt, c.optimum)
-    kept = jnp.all(jnp.isfinite(log_p) == c.tilt.support, axis=0)
-    smallest = jnp.min(jnp.where(c.tilt.support, log_p, 0.0), axis=0)
+    kept = jnp.all(jnp.isfinite(log_p) == c.tilt.base.support, axis=0)
+    smallest = jnp.min(jnp.where(c.tilt.base.support, log_p, 0.0), axis=0)
     return Judgement(
         applies=c.counted,
         margin=smallest,
@@ -202,8 +206,8 @@ def _theorem_2(c: Case) -> Judgement:
 def _correlation(c: Case) -> Judgement:
     """Cov(e^{r/β}, p_A) > 0 > Cov(e^{r/β}, p_U): E_A e^t > mean e^t > E_U e^t, in logs."""
     x = c.tilt
-    count = jnp.sum(x.support, axis=0).astype(x.t.dtype)
-    masked = jnp.where(x.support, x.t, LOG_ZERO)
+    count = total(x.base.support.astype(x.t.dtype))[0]
+    masked = jnp.where(x.base.support, x.t, LOG_ZERO)
     log_mean = jax.nn.logsumexp(masked, axis=0) - jnp.log(count)
     margin = jnp.minimum(x.aligned.cumulant[0] - log_mean, log_mean - x.unaligned.cumulant[0])
     slack = _rounding(c)
@@ -229,7 +233,7 @@ def _shrinkage(c: Case) -> Judgement:
 
 def _take_back(c: Case) -> Judgement:
     """Take-back logits recover the reference at (0, -1) and the optimum at β/2 at (2, 1)."""
-    log_p, log_ref = log_optimum(c.tilt, c.optimum), log_reference(c.tilt)
+    log_p, log_ref = log_optimum(c.tilt, c.optimum), log_reference(c.tilt.base)
     back = _softmax_log(take_back_logits(log_p, log_ref, a=0.0, b=-1.0))
     further = _softmax_log(take_back_logits(log_p, log_ref, a=2.0, b=1.0))
     error = jnp.maximum(
@@ -240,11 +244,10 @@ def _take_back(c: Case) -> Judgement:
 
 
 def _not_expunged(c: Case) -> Judgement:
-    """log TPM(U) against its sharp lower bound (1-α)/(1-α+α e^R), R = (max r - min r)/β."""
-    bound = jax.nn.log_sigmoid(-(c.tilt.logit_alpha[0] + c.tilt.spread[0]))
+    """Log TPM(U) against its sharp lower bound (1-α)/(1-α+α e^R), R = (max r - min r)/β."""
+    bound = jax.nn.log_sigmoid(-(c.tilt.base.logit_alpha[0] + c.tilt.spread[0]))
     margin = c.evaluation.log_tpm_unaligned - bound
-    possible = jnp.isfinite(log_optimum(c.tilt, c.optimum)) | ~(c.tilt.unaligned.log_p > LOG_ZERO)
-    kept = jnp.all(possible, axis=0)
+    kept = jnp.all(jnp.isfinite(c.optimum.log_ratio) | ~c.tilt.base.support, axis=0)
     return Judgement(
         applies=c.counted,
         margin=margin,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -52,8 +52,8 @@ class Evaluate:
     """Values of beta for all instances. [default: the file's own, else 0.05 to 10]"""
     reward: str = "reward"
     """Which array of the file is the reward."""
-    dtype: str = "float32"
-    """float32 or float64."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of all arrays."""
     out: Annotated[Path | None, _shown_as("DIR")] = None
     """The directory to write, which must be empty or absent. [default: jaxsim-runs/N]"""
     no_figures: bool = False
@@ -117,7 +117,7 @@ def _parse(argv: list[str]) -> Any:
             | Annotated[Doctor, tyro.conf.subcommand("doctor")]
         )
         return tyro.cli(
-            commands,  # type: ignore[arg-type]
+            commands,
             prog="jaxsim",
             args=argv or ["--help"],
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
@@ -192,7 +192,7 @@ def _doctor(command: Doctor, argv: list[str]) -> int:
         print(f"{name:12} {version}")
     for device in jax.devices():
         print(f"{'device':12} {device} ({device.platform})")
-    print(f"{'64-bit mode':12} {'on' if jax.config.jax_enable_x64 else 'off'}")
+    print(f"{'64-bit mode':12} {'on' if jax.config.read('jax_enable_x64') else 'off'}")
     clash = name_clash()
     if clash:
         print(f"jaxsim: {clash}", file=sys.stderr)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int8, Int32
 
 from jaxsim.instance import Instance
 from jaxsim.logspace import LOG_ZERO, bregman_kl_term, finite_log, kl_divergence, total
-from jaxsim.tilting import log_reference, optimal_policy, tilt
+from jaxsim.tilting import center, log_reference, optimal_policy
 
 
 class Status(enum.IntEnum):
@@ -55,11 +55,11 @@ class Solution:
         status: `Status` as int8.
     """
 
-    log_policy: Float[Array, "*batch outputs"]
-    gap: Float[Array, "*batch"]
-    kl: Float[Array, "*batch"]
-    steps: Int32[Array, "*batch"]
-    status: Int8[Array, "*batch"]
+    log_policy: Float[Array, " *batch outputs"]
+    gap: Float[Array, " *batch"]
+    kl: Float[Array, " *batch"]
+    steps: Int32[Array, " *batch"]
+    status: Int8[Array, " *batch"]
 
 
 @jax.tree_util.register_dataclass
@@ -96,8 +96,12 @@ def default_optimizer() -> optax.GradientTransformation:
 
 def problem(instance: Instance) -> Problem:
     """Return what descent may see."""
-    x = tilt(instance)
-    return Problem(log_p_ref=finite_log(log_reference(x)), t=x.t, support=x.support)
+    base = center(instance)
+    return Problem(
+        log_p_ref=finite_log(log_reference(base)),
+        t=base.above_center / instance.beta,
+        support=base.support,
+    )
 
 
 def init(
@@ -115,7 +119,7 @@ def init(
     )
 
 
-def loss(logits: Float[Array, "outputs"], task: Problem) -> Float[Array, ""]:
+def loss(logits: Float[Array, " outputs"], task: Problem) -> Float[Array, ""]:
     """Return -(L(π) - E_ref[r])/β for π = softmax(logits): eq. (1), in nats."""
     log_policy = jax.nn.log_softmax(logits)
     advantage = jnp.where(task.support, task.t - (log_policy - task.log_p_ref), 0.0)
@@ -189,7 +193,7 @@ def certificate(state: State, instance: Instance, tolerance: Float[Array, ""]) -
     )
 
 
-def _kl_without_optimum(logits: Float[Array, "outputs"], task: Problem) -> Float[Array, ""]:
+def _kl_without_optimum(logits: Float[Array, " outputs"], task: Problem) -> Float[Array, ""]:
     """Return KL(softmax(logits)‖p*) = log E_π[e^X], accurate to second order as it goes to zero.
 
     E[X] = 0, so E[e^X] = 1 + E[e^X - 1 - X]: a sum of Bregman terms, none of them negative.

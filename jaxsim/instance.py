@@ -34,14 +34,14 @@ class Instance:
         beta: β > 0, the price of one nat of KL divergence in units of reward.
     """
 
-    log_p_aligned: Float[Array, "*batch outputs"]
-    log_p_unaligned: Float[Array, "*batch outputs"]
-    reward: Float[Array, "*batch outputs"]
-    logit_alpha: Float[Array, "*batch"]
-    beta: Float[Array, "*batch"]
+    log_p_aligned: Float[Array, " *batch outputs"]
+    log_p_unaligned: Float[Array, " *batch outputs"]
+    reward: Float[Array, " *batch outputs"]
+    logit_alpha: Float[Array, " *batch"]
+    beta: Float[Array, " *batch"]
 
     @property
-    def alpha(self) -> Float[Array, "*batch"]:
+    def alpha(self) -> Float[Array, " *batch"]:
         """The mixture weight α of the aligned component, rounded to the instance's dtype."""
         return jax.nn.sigmoid(self.logit_alpha)
 
@@ -178,7 +178,7 @@ class Instance:
 
 def _arrays(**named: ArrayLike) -> dict[str, Any]:
     """Convert to arrays of one floating dtype and one shape, [outputs] or [instances, outputs]."""
-    shapes = {name: np.shape(value) for name, value in named.items()}  # type: ignore[arg-type]
+    shapes = {name: np.shape(value) for name, value in named.items()}
     for name, shape in shapes.items():
         if len(shape) not in (1, 2):
             raise ValueError(
@@ -206,7 +206,7 @@ def _dtype(name: str, value: Any) -> Any:
             dtype = np.asarray(value).dtype
         except ValueError:
             raise ValueError(f"{name} is not a rectangular array of numbers") from None
-    if not (jnp.issubdtype(dtype, jnp.number) or dtype == bool) or jnp.issubdtype(
+    if not (jnp.issubdtype(dtype, jnp.number) or dtype == np.bool_) or jnp.issubdtype(
         dtype, jnp.complexfloating
     ):
         raise ValueError(f"{name} has dtype {dtype}; expected real numbers")
@@ -326,7 +326,7 @@ def _require(name: str, values: np.ndarray, ok: np.ndarray, wanted: str, of: str
 
 
 def _log(p: Any) -> Any:
-    """log p with `-inf`, and a zero gradient, at p = 0; in float64 where p is known."""
+    """Log p with `-inf`, and a zero gradient, at p = 0; in float64 where p is known."""
     if _concrete(p):
         with np.errstate(divide="ignore"):
             return np.log(np.asarray(p, np.float64))

@@ -6,7 +6,6 @@ same code then serves both, and on CPU the sums over outputs run across SIMD lan
 `-inf`; all functions have finite values and gradients there.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -23,12 +22,12 @@ def unit_roundoff(dtype: jnp.dtype) -> float:
     return float(jnp.finfo(dtype).eps) / 2
 
 
-def finite_log(log_p: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def finite_log(log_p: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
     """Replace `-inf` by a finite stand-in whose exponential and gradient are exactly zero."""
     return jnp.where(log_p > LOG_ZERO, log_p, LOG_ZERO)
 
 
-def total(x: Float[Array, "outputs *tile"]) -> Float[Array, "1 *tile"]:
+def total(x: Float[Array, " outputs *tile"]) -> Float[Array, " 1 *tile"]:
     """Sum the first axis, kept with length one, in blocks of 16: the error grows as log n, not n.
 
     A plain sum on CPU adds one term after another, which at 4,096 terms may cost thousands of units
@@ -41,7 +40,17 @@ def total(x: Float[Array, "outputs *tile"]) -> Float[Array, "1 *tile"]:
     return x.sum(axis=0, keepdims=True)
 
 
-def two_sum(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> tuple[Array, Array]:
+def first_where(mask: Array) -> Array:
+    """Return a mask of the first true entry along the first axis.
+
+    Two plain reductions: XLA on CPU does not vectorise `argmax`.
+    """
+    place = jnp.arange(mask.shape[0], dtype=jnp.float32).reshape((-1,) + (1,) * (mask.ndim - 1))
+    first = jnp.min(jnp.where(mask, place, jnp.inf), axis=0, keepdims=True)
+    return place == first
+
+
+def two_sum(a: Float[Array, " *shape"], b: Float[Array, " *shape"]) -> tuple[Array, Array]:
     """Return fl(a + b) and its rounding error, exactly (Knuth 1969)."""
     s = a + b
     b_seen = s - a
@@ -49,8 +58,8 @@ def two_sum(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> tuple[Array
 
 
 def bregman_kl_term(
-    u: Float[Array, "*shape"], p: Float[Array, "*shape"], q: Float[Array, "*shape"]
-) -> Float[Array, "*shape"]:
+    u: Float[Array, " *shape"], p: Float[Array, " *shape"], q: Float[Array, " *shape"]
+) -> Float[Array, " *shape"]:
     """Return p·u - p + q for u = log(p/q): one output's share of KL(p‖q), never negative.
 
     Equal to q·φ(u) with φ(u) = u e^u - expm1(u) ≥ 0. Near u = 0 both forms cancel to second order,
@@ -63,7 +72,7 @@ def bregman_kl_term(
     return jnp.where(near, q * v * v * series, jnp.where(p > 0, p * far, 0.0) - p + q)
 
 
-def _polynomial(x: Float[Array, "*shape"], coefficients: list[float]) -> Float[Array, "*shape"]:
+def _polynomial(x: Float[Array, " *shape"], coefficients: list[float]) -> Float[Array, " *shape"]:
     """Return Σ_k coefficients[k] x^k for |x| ≤ 1, leaving out what is below x's roundoff."""
     needed = [c for c in coefficients if c > unit_roundoff(x.dtype) / 64]
     value = jnp.full_like(x, needed[-1])
@@ -83,8 +92,8 @@ _INVERSE_FACTORIAL = _inverse_factorials(24)
 
 
 def kl_divergence(
-    log_p: Float[Array, "*batch outputs"], log_q: Float[Array, "*batch outputs"]
-) -> Float[Array, "*batch"]:
+    log_p: Float[Array, " *batch outputs"], log_q: Float[Array, " *batch outputs"]
+) -> Float[Array, " *batch"]:
     """Return KL(p‖q) = Σ p log(p/q) over the last axis, in nats.
 
     Args:

@@ -164,9 +164,7 @@ def shrink(example: Example, depth: Callable[[Example], float]) -> Example:
     return _select(example, order)
 
 
-def _drop_chunks(
-    example: Example, depth: Callable[[Example], float], threshold: float
-) -> Example:
+def _drop_chunks(example: Example, depth: Callable[[Example], float], threshold: float) -> Example:
     """Drop runs of outputs, long ones first, while more than a few are left."""
     chunk = example.reward.size // 2
     while chunk >= 1 and example.reward.size > _SMALL:
@@ -225,7 +223,7 @@ def _merged(example: Example, i: int, j: int) -> Example:
 
 
 def _rounded(example: Example, digits: int) -> Example | None:
-    """Return the instance with decimals of `digits` places, α = 1/2; None if that is no instance."""
+    """Return the instance in decimals of `digits` places, at α = 1/2; None if it is none."""
 
     def component(p: np.ndarray) -> np.ndarray:
         q = np.round(p, digits)

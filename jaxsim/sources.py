@@ -4,6 +4,7 @@ A source knows how many instances it has and hands them out in tiles of one fixe
 """
 
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import resources
@@ -130,7 +131,7 @@ class ArraySource:
         return self.prompts[index], None if self.texts is None else self.texts[index]
 
 
-_COMPONENTS = {
+_COMPONENTS: dict[tuple[str, str], Callable[..., Instance]] = {
     ("log_p_ref", "aligned_given_output"): Instance.from_reference,
     ("log_p_aligned", "log_p_unaligned"): Instance.from_log_probs,
     ("p_aligned", "p_unaligned"): Instance.from_probs,
@@ -218,8 +219,10 @@ def _source(path: str, arrays: dict[str, np.ndarray], reward: str, dtype: str) -
         raise ValueError(f"{path}: expected the arrays {wanted}; found {found}")
     if reward not in arrays:
         rewards = ", ".join(name for name in sorted(arrays) if name.startswith("reward"))
-        raise ValueError(f"{path}: there is no array {reward!r} to take as the reward"
-                         + (f" (there is: {rewards})" if rewards else ""))
+        raise ValueError(
+            f"{path}: there is no array {reward!r} to take as the reward"
+            + (f" (there is: {rewards})" if rewards else "")
+        )
     numeric = {name: arrays[name] for name in (*pair, reward, *_PER_INSTANCE) if name in arrays}
     for name, array in numeric.items():
         if array.dtype.kind not in "fiub":
@@ -233,8 +236,10 @@ def _source(path: str, arrays: dict[str, np.ndarray], reward: str, dtype: str) -
     components = [numeric.pop(name) for name in pair]
     beta = numeric.pop("beta", None)
     if pair[0] == "log_p_ref" and numeric:
-        raise ValueError(f"{path}: {next(iter(numeric))} is settled by log_p_ref and "
-                         "aligned_given_output; leave it out")
+        raise ValueError(
+            f"{path}: {next(iter(numeric))} is settled by log_p_ref and "
+            "aligned_given_output; leave it out"
+        )
     try:
         instance = _COMPONENTS[pair](
             *components, r, beta=np.float32(1) if beta is None else beta, **numeric

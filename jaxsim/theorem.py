@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int8
 
 from jaxsim.instance import Instance
 from jaxsim.logspace import LOG_ZERO, total, unit_roundoff
-from jaxsim.tilting import Component, Tilt, tilt
+from jaxsim.tilting import Centered, Component, Tilt, TiltedComponent, center, tilt
 
 
 class Outcome(enum.IntEnum):
@@ -40,12 +40,12 @@ class Verdict:
         conclusion: `Outcome` (int8) of Δ > 0; TIE where TPM(A) = α exactly.
     """
 
-    covariance_aligned: Float[Array, "*batch"]
-    covariance_unaligned: Float[Array, "*batch"]
-    log_odds_shift: Float[Array, "*batch"]
-    hypothesis_aligned: Int8[Array, "*batch"]
-    hypothesis_unaligned: Int8[Array, "*batch"]
-    conclusion: Int8[Array, "*batch"]
+    covariance_aligned: Float[Array, " *batch"]
+    covariance_unaligned: Float[Array, " *batch"]
+    log_odds_shift: Float[Array, " *batch"]
+    hypothesis_aligned: Int8[Array, " *batch"]
+    hypothesis_unaligned: Int8[Array, " *batch"]
+    conclusion: Int8[Array, " *batch"]
 
     @property
     def hypotheses_hold(self) -> Array:
@@ -84,44 +84,72 @@ def theorem2(instance: Instance) -> Verdict:
         >>> bool(verdict.hypotheses_hold), Outcome(int(verdict.conclusion)).name
         (True, 'FAILS')
     """
-    return verdict(tilt(instance))
+    base = center(instance)
+    return verdict(covariances(base), tilt(base, instance.beta))
 
 
-def verdict(x: Tilt) -> Verdict:
-    """Read a `Verdict` off an instance already tilted."""
-    roundoff = unit_roundoff(x.t.dtype)
-    count = jnp.sum(x.support, axis=0, keepdims=True).astype(x.t.dtype)
-    top = jnp.max(jnp.where(x.support, x.reward, -jnp.inf), axis=0, keepdims=True)
-    mean = top + total(jnp.where(x.support, x.reward - top, 0.0)) / count
-    above_mean = jnp.where(x.support, x.reward - mean, 0.0)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Covariances:
+    """The hypotheses of Theorem 2, which do not depend on β."""
+
+    aligned: Array
+    unaligned: Array
+    hypothesis_aligned: Array
+    hypothesis_unaligned: Array
+
+
+def covariances(base: Centered) -> Covariances:
+    """Judge Cov(r, p_A) > 0 > Cov(r, p_U) under the uniform distribution on the support."""
+    roundoff = unit_roundoff(base.reward.dtype)
+    count = total(base.support.astype(base.reward.dtype))
+    top = jnp.max(jnp.where(base.support, base.reward, -jnp.inf), axis=0, keepdims=True)
+    mean = top + total(jnp.where(base.support, base.reward - top, 0.0)) / count
+    above_mean = jnp.where(base.support, base.reward - mean, 0.0)
     rest, size = total(above_mean) / count, total(jnp.abs(above_mean)) / count
-    constant_reward = x.spread == 0
 
-    def covariance(part: Component) -> tuple[Array, Array, Array]:
+    def covariance(part: Component, sign: int) -> tuple[Array, Array]:
         value = (total(part.p * above_mean) - rest) / count
         kappa = (total(part.p * jnp.abs(above_mean)) + size) / count
         highest = jnp.max(part.log_p, axis=0, keepdims=True)
-        uniform = jnp.all((part.log_p == highest) | ~x.support, axis=0, keepdims=True)
-        return value, 8 * roundoff * (kappa + jnp.abs(value)), constant_reward | uniform
+        lowest = jnp.min(jnp.where(base.support, part.log_p, jnp.inf), axis=0, keepdims=True)
+        uniform = highest == lowest
+        bound = 8 * roundoff * (kappa + jnp.abs(value))
+        return value, decide(sign * value, bound, (base.span == 0) | uniform)
 
-    cov_aligned, bound_aligned, tie_aligned = covariance(x.aligned)
-    cov_unaligned, bound_unaligned, tie_unaligned = covariance(x.unaligned)
+    aligned, hypothesis_aligned = covariance(base.aligned, 1)
+    unaligned, hypothesis_unaligned = covariance(base.unaligned, -1)
+    return Covariances(
+        aligned=aligned,
+        unaligned=unaligned,
+        hypothesis_aligned=hypothesis_aligned,
+        hypothesis_unaligned=hypothesis_unaligned,
+    )
 
-    def conditioning(part: Component) -> Array:
+
+def verdict(hypotheses: Covariances, x: Tilt) -> Verdict:
+    """Judge the conclusion on an instance already tilted, and join it to the hypotheses."""
+
+    def conditioning(part: Component, tilted: TiltedComponent) -> Array:
         information = jnp.where(part.log_p > LOG_ZERO, jnp.abs(part.log_p), 0.0)
-        return total(part.tilted * jnp.abs(x.t) + jnp.abs(part.tilted - part.p) * information)
+        return total(tilted.p * jnp.abs(x.t) + jnp.abs(tilted.p - part.p) * information)
 
-    shift = x.log_odds_shift
-    kappa = conditioning(x.aligned) + conditioning(x.unaligned) + jnp.minimum(1.0, x.spread)
-    same = jnp.all(x.aligned.log_p == x.unaligned.log_p, axis=0, keepdims=True)
-    shift_bound = 8 * roundoff * (kappa + jnp.abs(shift))
+    base, shift = x.base, x.log_odds_shift
+    kappa = (
+        conditioning(base.aligned, x.aligned)
+        + conditioning(base.unaligned, x.unaligned)
+        + jnp.minimum(1.0, x.spread)
+    )
+    bound = 8 * unit_roundoff(shift.dtype) * (kappa + jnp.abs(shift))
+    apart = jnp.abs(base.aligned.log_p - base.unaligned.log_p)
+    same = jnp.max(apart, axis=0, keepdims=True) == 0
     fields = Verdict(
-        covariance_aligned=cov_aligned,
-        covariance_unaligned=cov_unaligned,
+        covariance_aligned=hypotheses.aligned,
+        covariance_unaligned=hypotheses.unaligned,
         log_odds_shift=shift,
-        hypothesis_aligned=decide(cov_aligned, bound_aligned, tie_aligned),
-        hypothesis_unaligned=decide(-cov_unaligned, bound_unaligned, tie_unaligned),
-        conclusion=decide(shift, shift_bound, constant_reward | same),
+        hypothesis_aligned=hypotheses.hypothesis_aligned,
+        hypothesis_unaligned=hypotheses.hypothesis_unaligned,
+        conclusion=decide(shift, bound, (base.span == 0) | same),
     )
     return jax.tree.map(lambda field: field[0], fields)
 

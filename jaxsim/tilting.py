@@ -1,8 +1,9 @@
 """The heart: the optimum of eq. (1), log Z, Lemma 1, and the mass of each component after tuning.
 
 Pure, differentiable functions of one instance, or of a tile of them with outputs on the first axis
-(see `jaxsim.logspace`); the public functions are those of `jaxsim.engine.lift`. Equation numbers are those of Huang, "Characterizing Output Distribution Shift under
-Preference Tuning under the Bradley-Terry Model".
+(see `jaxsim.logspace`); the public functions are those of `jaxsim.engine.lift`. Equation numbers
+are those of Huang, "Characterizing Output Distribution Shift under Preference Tuning under the
+Bradley-Terry Model".
 
 How the numbers stay accurate. All sums use t = (r - m)/β with m = E_ref[r], so that a common offset
 of the reward costs nothing. Where the rewards span less than one β, the cumulants are
@@ -21,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxsim.instance import Instance
-from jaxsim.logspace import LOG_ZERO, bregman_kl_term, finite_log, total, two_sum
+from jaxsim.logspace import LOG_ZERO, bregman_kl_term, finite_log, first_where, total, two_sum
 
 
 @jax.tree_util.register_dataclass
@@ -39,13 +40,13 @@ class Evaluation:
         objective: L(p*) = β log Z, the maximum of eq. (1), in units of reward.
     """
 
-    log_z: Float[Array, "*batch"]
-    log_tpm_aligned: Float[Array, "*batch"]
-    log_tpm_unaligned: Float[Array, "*batch"]
-    log_odds_shift: Float[Array, "*batch"]
-    kl: Float[Array, "*batch"]
-    expected_reward: Float[Array, "*batch"]
-    objective: Float[Array, "*batch"]
+    log_z: Float[Array, " *batch"]
+    log_tpm_aligned: Float[Array, " *batch"]
+    log_tpm_unaligned: Float[Array, " *batch"]
+    log_odds_shift: Float[Array, " *batch"]
+    kl: Float[Array, " *batch"]
+    expected_reward: Float[Array, " *batch"]
+    objective: Float[Array, " *batch"]
 
 
 @jax.tree_util.register_dataclass
@@ -58,19 +59,44 @@ class MixtureWeights:
         unaligned: log α_U(y) = log(1-α) + r/β - log Z, [outputs].
     """
 
-    aligned: Float[Array, "*batch outputs"]
-    unaligned: Float[Array, "*batch outputs"]
+    aligned: Float[Array, " *batch outputs"]
+    unaligned: Float[Array, " *batch outputs"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One component, A or U, before and after its own tilt p e^{r/β} / E_p[e^{r/β}]."""
+    """One component, A or U, as it is in the reference."""
 
     log_p: Array  # as stored, zero mass made finite
-    log_total: Array  # log Σ e^{log p} of the stored log-probabilities: rounding, nearly 0
+    total: Array  # Σ e^{log p} of the stored log-probabilities: 1, but for rounding
     p: Array  # probabilities, normalised
-    tilted: Array  # tilted probabilities, normalised
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Centered:
+    """All of an instance that does not depend on β, with the reward taken from its mean."""
+
+    support: Array  # where p_ref > 0
+    reward: Array  # 0 outside the support
+    center: Array  # m = E_ref[r]
+    above_center: Array  # r - m, 0 outside the support
+    span: Array  # max r - min r over the support
+    logit_alpha: Array
+    log_alpha: Array
+    log_not_alpha: Array  # log(1-α)
+    aligned: Component
+    unaligned: Component
+    p_ref: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TiltedComponent:
+    """A component under its own tilt, p e^t / E_p[e^t] with t = (r - m)/β."""
+
+    p: Array
     peak: Array  # max of log p + t
     mean_weight: Array  # E_p[e^{t - peak}]
     mean_growth: Array  # E_p[e^t - 1] where the rewards span less than one β, else 0
@@ -80,87 +106,98 @@ class Component:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Tilt:
-    """One instance with its rewards centred and both components tilted: what all results use."""
+    """An instance with both components tilted and compared: what every result is read from."""
 
-    support: Array  # where p_ref > 0
-    reward: Array  # 0 outside the support
+    base: Centered
     beta: Array
-    logit_alpha: Array
-    log_alpha: Array
-    log_not_alpha: Array  # log(1-α)
-    center: Array  # m = E_ref[r]
     t: Array  # (r - m)/β, 0 outside the support
     spread: Array  # (max r - min r)/β over the support
     narrow: Array  # spread < 1
-    p_ref: Array
-    aligned: Component
-    unaligned: Component
+    aligned: TiltedComponent
+    unaligned: TiltedComponent
     log_odds_shift: Array  # Δ
     log_z_centered: Array  # log Z - m/β
 
 
-def tilt(instance: Instance) -> Tilt:
-    """Center the rewards, tilt both components and compare them: the one pass behind every result.
+def center(instance: Instance) -> Centered:
+    """Normalise the components and take the reward from its mean under the reference.
 
-    Centers and peaks carry no gradient, for no result depends on them.
+    The mean carries no gradient, for no result depends on it.
     """
-    beta, logit_alpha = instance.beta[None], instance.logit_alpha[None]
-    alpha, not_alpha = jax.nn.sigmoid(logit_alpha), jax.nn.sigmoid(-logit_alpha)
-    log_alpha, log_not_alpha = jax.nn.log_sigmoid(logit_alpha), jax.nn.log_sigmoid(-logit_alpha)
+    logit_alpha = instance.logit_alpha[None]
     log_p_a, log_p_u = finite_log(instance.log_p_aligned), finite_log(instance.log_p_unaligned)
     support = jnp.maximum(log_p_a, log_p_u) > LOG_ZERO
     # Masked before any arithmetic, since padding may hold any reward.
     reward = jnp.where(support, instance.reward, 0.0)
 
-    mass_a, mass_u = jnp.exp(log_p_a), jnp.exp(log_p_u)
-    total_a, total_u = total(mass_a), total(mass_u)
-    p_a, p_u = mass_a / total_a, mass_u / total_u
-    p_ref = alpha * p_a + not_alpha * p_u
+    def component(log_p: Array) -> Component:
+        mass = jnp.exp(log_p)
+        mass_total = total(mass)
+        return Component(log_p=log_p, total=mass_total, p=mass / mass_total)
 
+    aligned, unaligned = component(log_p_a), component(log_p_u)
+    p_ref = jax.nn.sigmoid(logit_alpha) * aligned.p + jax.nn.sigmoid(-logit_alpha) * unaligned.p
     fixed = lax.stop_gradient(reward)
     top = jnp.max(jnp.where(support, fixed, -jnp.inf), axis=0, keepdims=True)
     bottom = jnp.min(jnp.where(support, fixed, jnp.inf), axis=0, keepdims=True)
     below_top = jnp.where(support, fixed - top, 0.0)
-    center = jnp.clip(top + total(lax.stop_gradient(p_ref) * below_top), bottom, top)
-    t = jnp.where(support, reward - center, 0.0) / beta
-    spread = (top - bottom) / lax.stop_gradient(beta)
+    mean = jnp.clip(top + total(lax.stop_gradient(p_ref) * below_top), bottom, top)
+    return Centered(
+        support=support,
+        reward=reward,
+        center=mean,
+        above_center=jnp.where(support, reward - mean, 0.0),
+        span=top - bottom,
+        logit_alpha=logit_alpha,
+        log_alpha=jax.nn.log_sigmoid(logit_alpha),
+        log_not_alpha=jax.nn.log_sigmoid(-logit_alpha),
+        aligned=aligned,
+        unaligned=unaligned,
+        p_ref=p_ref,
+    )
+
+
+def tilt(base: Centered, beta: Float[Array, " *tile"]) -> Tilt:
+    """Tilt both components by e^{r/β} and compare them: the one pass behind every result.
+
+    The peaks carry no gradient, for no result depends on them.
+    """
+    beta = beta[None]
+    t = base.above_center / beta
+    spread = base.span / lax.stop_gradient(beta)
     narrow = spread < 1.0
     growth = jnp.expm1(jnp.where(narrow, t, 0.0))
 
-    def component(log_p: Array, p: Array, mass_total: Array) -> Component:
-        exponent, rounding = two_sum(log_p, t)
+    def tilted(part: Component) -> TiltedComponent:
+        exponent, rounding = two_sum(part.log_p, t)
         peak = lax.stop_gradient(jnp.max(exponent, axis=0, keepdims=True))
         weight = jnp.exp(exponent - peak)
-        weight = weight + weight * jnp.where(log_p > LOG_ZERO, rounding, 0.0)
+        weight = weight + weight * jnp.where(part.log_p > LOG_ZERO, rounding, 0.0)
         weight_total = total(weight)
-        mean_weight, mean_growth = weight_total / mass_total, total(p * growth)
+        mean_weight, mean_growth = weight_total / part.total, total(part.p * growth)
         wide_cumulant = _log_scaled(mean_weight, peak)
-        return Component(
-            log_p=log_p,
-            log_total=jnp.log(mass_total),
-            p=p,
-            tilted=weight / weight_total,
+        return TiltedComponent(
+            p=weight / weight_total,
             peak=peak,
             mean_weight=mean_weight,
             mean_growth=mean_growth,
             cumulant=jnp.where(narrow, jnp.log1p(mean_growth), wide_cumulant),
         )
 
-    aligned, unaligned = component(log_p_a, p_a, total_a), component(log_p_u, p_u, total_u)
-    narrow_log_z = jnp.log1p(alpha * aligned.mean_growth + not_alpha * unaligned.mean_growth)
-    wide_log_z = jnp.logaddexp(log_alpha + aligned.cumulant, log_not_alpha + unaligned.cumulant)
+    aligned, unaligned = tilted(base.aligned), tilted(base.unaligned)
+    narrow_log_z = jnp.log1p(
+        jax.nn.sigmoid(base.logit_alpha) * aligned.mean_growth
+        + jax.nn.sigmoid(-base.logit_alpha) * unaligned.mean_growth
+    )
+    wide_log_z = jnp.logaddexp(
+        base.log_alpha + aligned.cumulant, base.log_not_alpha + unaligned.cumulant
+    )
     return Tilt(
-        support=support,
-        reward=reward,
+        base=base,
         beta=beta,
-        logit_alpha=logit_alpha,
-        log_alpha=log_alpha,
-        log_not_alpha=log_not_alpha,
-        center=center,
         t=t,
         spread=spread,
         narrow=narrow,
-        p_ref=p_ref,
         aligned=aligned,
         unaligned=unaligned,
         log_odds_shift=_log_odds_shift(aligned, unaligned, narrow),
@@ -174,7 +211,7 @@ def _log_scaled(x: Array, shift: Array) -> Array:
     return jnp.where(near, jnp.log(x * jnp.exp(jnp.where(near, shift, 0.0))), shift + jnp.log(x))
 
 
-def _log_odds_shift(aligned: Component, unaligned: Component, narrow: Array) -> Array:
+def _log_odds_shift(aligned: TiltedComponent, unaligned: TiltedComponent, narrow: Array) -> Array:
     """Return Δ = log E_A[e^t] - log E_U[e^t] without subtracting the logarithms."""
     # Only positive arguments: XLA's float64 log1p on CPU loses 240u between -0.41 and -0.3.
     gap = aligned.mean_growth - unaligned.mean_growth
@@ -200,31 +237,36 @@ class Optimum:
 
 def optimum(x: Tilt) -> Optimum:
     """Mix the tilted components into p*: TPM(A) of one and TPM(U) of the other."""
-    logit = x.logit_alpha + x.log_odds_shift
+    base = x.base
+    logit = base.logit_alpha + x.log_odds_shift
     log_tpm_a, log_tpm_u = jax.nn.log_sigmoid(logit), jax.nn.log_sigmoid(-logit)
-    p_star = jnp.exp(log_tpm_a) * x.aligned.tilted + jnp.exp(log_tpm_u) * x.unaligned.tilted
+    p_star = jnp.exp(log_tpm_a) * x.aligned.p + jnp.exp(log_tpm_u) * x.unaligned.p
 
-    outputs = jnp.arange(p_star.shape[0]).reshape((-1,) + (1,) * (p_star.ndim - 1))
-    is_mode = outputs == jnp.argmax(p_star, axis=0, keepdims=True)
+    is_mode = first_where(p_star == jnp.max(p_star, axis=0, keepdims=True))
 
     def at_mode(values: Array) -> Array:
         return jnp.sum(jnp.where(is_mode, values, 0.0), axis=0, keepdims=True)
 
-    log_ref_at_mode = jnp.logaddexp(
-        x.log_alpha + at_mode(x.aligned.log_p) - x.aligned.log_total,
-        x.log_not_alpha + at_mode(x.unaligned.log_p) - x.unaligned.log_total,
-    )
-    above_mode = jnp.where(x.support, x.reward - at_mode(x.reward), 0.0)
+    log_ref_at_mode = _log_mixture(base, at_mode(base.aligned.log_p), at_mode(base.unaligned.log_p))
+    above_mode = jnp.where(base.support, base.reward - at_mode(base.reward), 0.0)
     wide_ratio = above_mode / x.beta + (jnp.log(at_mode(p_star)) - log_ref_at_mode)
     # Twice, the second time about the first: else a mean near zero keeps the error of the rewards.
-    mean = at_mode(x.reward) + total(p_star * above_mode)
-    mean = mean + total(p_star * jnp.where(x.support, x.reward - mean, 0.0))
+    mean = at_mode(base.reward) + total(p_star * above_mode)
+    mean = mean + total(p_star * jnp.where(base.support, base.reward - mean, 0.0))
     return Optimum(
         log_tpm_aligned=log_tpm_a,
         log_tpm_unaligned=log_tpm_u,
         p_star=p_star,
         log_ratio=jnp.where(x.narrow, x.t - x.log_z_centered, wide_ratio),
         expected_reward=mean,
+    )
+
+
+def _log_mixture(base: Centered, log_p_a: Array, log_p_u: Array) -> Array:
+    """Return log(α p_A + (1-α) p_U) from stored log-probabilities."""
+    return jnp.logaddexp(
+        base.log_alpha + log_p_a - jnp.log(base.aligned.total),
+        base.log_not_alpha + log_p_u - jnp.log(base.unaligned.total),
     )
 
 
@@ -252,35 +294,32 @@ def evaluate(instance: Instance) -> Evaluation:
         >>> print(f"{evaluate(instance).log_odds_shift:.4f}")
         -0.3250
     """
-    x = tilt(instance)
+    x = tilt(center(instance), instance.beta)
     return evaluation(x, optimum(x))
 
 
 def evaluation(x: Tilt, best: Optimum) -> Evaluation:
     """Read an `Evaluation` off an instance already tilted."""
-    kl_terms = bregman_kl_term(best.log_ratio, best.p_star, x.p_ref)
+    kl_terms = bregman_kl_term(best.log_ratio, best.p_star, x.base.p_ref)
     fields = Evaluation(
-        log_z=x.center / x.beta + x.log_z_centered,
+        log_z=x.base.center / x.beta + x.log_z_centered,
         log_tpm_aligned=best.log_tpm_aligned,
         log_tpm_unaligned=best.log_tpm_unaligned,
         log_odds_shift=x.log_odds_shift,
-        kl=total(jnp.where(x.support, kl_terms, 0.0)),
+        kl=total(jnp.where(x.base.support, kl_terms, 0.0)),
         expected_reward=best.expected_reward,
-        objective=x.center + x.beta * x.log_z_centered,
+        objective=x.base.center + x.beta * x.log_z_centered,
     )
     return jax.tree.map(lambda field: field[0], fields)
 
 
-def log_reference(x: Tilt) -> Float[Array, "outputs *tile"]:
+def log_reference(base: Centered) -> Float[Array, " outputs *tile"]:
     """Return log p_ref of eq. (2), normalised; `-inf` outside the support."""
-    log_p = jnp.logaddexp(
-        x.log_alpha + x.aligned.log_p - x.aligned.log_total,
-        x.log_not_alpha + x.unaligned.log_p - x.unaligned.log_total,
-    )
-    return jnp.where(x.support, log_p, -jnp.inf)
+    log_p = _log_mixture(base, base.aligned.log_p, base.unaligned.log_p)
+    return jnp.where(base.support, log_p, -jnp.inf)
 
 
-def optimal_policy(instance: Instance) -> Float[Array, "outputs"]:
+def optimal_policy(instance: Instance) -> Float[Array, " outputs"]:
     """Return log p*, the optimum of eq. (1): p* ∝ p_ref e^{r/β}.
 
     Args:
@@ -301,7 +340,7 @@ def optimal_policy(instance: Instance) -> Float[Array, "outputs"]:
         >>> print(jnp.exp(optimal_policy(instance)))
         [0.25 0.75]
     """
-    x = tilt(instance)
+    x = tilt(center(instance), instance.beta)
     return log_optimum(x, optimum(x))
 
 
@@ -321,14 +360,14 @@ def mixture_weights(instance: Instance) -> MixtureWeights:
         >>> print(jnp.exp(mixture_weights(instance).aligned))
         [0.25 0.25]
     """
-    x = tilt(instance)
-    log_ratio = jnp.where(x.support, optimum(x).log_ratio, -jnp.inf)
+    x = tilt(center(instance), instance.beta)
+    log_ratio = jnp.where(x.base.support, optimum(x).log_ratio, -jnp.inf)
     return MixtureWeights(
-        aligned=x.log_alpha + log_ratio, unaligned=x.log_not_alpha + log_ratio
+        aligned=x.base.log_alpha + log_ratio, unaligned=x.base.log_not_alpha + log_ratio
     )
 
 
-def objective(log_policy: Float[Array, "outputs"], instance: Instance) -> Float[Array, ""]:
+def objective(log_policy: Float[Array, " outputs"], instance: Instance) -> Float[Array, ""]:
     """Return eq. (1) for any policy: L(π) = E_π[r] - β KL(π‖p_ref).
 
     Args:
@@ -339,34 +378,36 @@ def objective(log_policy: Float[Array, "outputs"], instance: Instance) -> Float[
         L(π) in units of reward; `-inf` where π has mass outside the support of p_ref. Always
         L(π) = β log Z - β KL(π‖p*).
     """
-    return objective_at(tilt(instance), log_policy)[0]
+    return objective_at(center(instance), instance.beta[None], log_policy)[0]
 
 
-def objective_at(x: Tilt, log_policy: Float[Array, "outputs *tile"]) -> Float[Array, "1 *tile"]:
-    """Return eq. (1) for a policy, on an instance already tilted."""
+def objective_at(
+    base: Centered, beta: Float[Array, " 1 *tile"], log_policy: Float[Array, " outputs *tile"]
+) -> Float[Array, " 1 *tile"]:
+    """Return eq. (1) for a policy, on an instance already centered."""
     used = log_policy > LOG_ZERO
-    inside = used & x.support
+    inside = used & base.support
     log_pi = jnp.where(inside, log_policy, 0.0)
-    log_ratio = log_pi - jnp.where(inside, log_reference(x), 0.0)
+    log_ratio = log_pi - jnp.where(inside, log_reference(base), 0.0)
     policy = jnp.where(inside, jnp.exp(log_pi), 0.0)
     # Divided by the sum of π, which rounding keeps from being one: else that error is multiplied by
-    # the size of r/β.
-    value = x.center + x.beta * total(policy * (x.t - log_ratio)) / total(policy)
-    return jnp.where(jnp.any(used & ~x.support, axis=0), -jnp.inf, value)
+    # the size of the reward.
+    gain = total(policy * (base.above_center - beta * log_ratio)) / total(policy)
+    return jnp.where(jnp.any(used & ~base.support, axis=0), -jnp.inf, base.center + gain)
 
 
-def log_optimum(x: Tilt, best: Optimum) -> Float[Array, "outputs *tile"]:
+def log_optimum(x: Tilt, best: Optimum) -> Float[Array, " outputs *tile"]:
     """Return log p*, on an instance already tilted."""
-    log_ref = log_reference(x)
-    t = jnp.where(x.support, x.reward - best.expected_reward, 0.0) / x.beta
+    base, log_ref = x.base, log_reference(x.base)
+    t = jnp.where(base.support, base.reward - best.expected_reward, 0.0) / x.beta
     exponent, rounding = two_sum(finite_log(log_ref), t)
     peak = lax.stop_gradient(jnp.max(exponent, axis=0, keepdims=True))
-    above = jnp.where(x.support, (exponent - peak) + rounding, LOG_ZERO)
+    above = jnp.where(base.support, (exponent - peak) + rounding, LOG_ZERO)
     wide = above - jnp.log(total(jnp.exp(above)))
-    return jnp.where(x.support, jnp.where(x.narrow, log_ref + best.log_ratio, wide), -jnp.inf)
+    return jnp.where(base.support, jnp.where(x.narrow, log_ref + best.log_ratio, wide), -jnp.inf)
 
 
-def tpm(log_policy: Float[Array, "outputs"], instance: Instance) -> Float[Array, ""]:
+def tpm(log_policy: Float[Array, " outputs"], instance: Instance) -> Float[Array, ""]:
     """Return the total probability mass that any policy π owes to A: E_π[α p_A / p_ref].
 
     For π = p* this is Theorem 2's TPM(A); for π = p_ref it is α.
@@ -379,22 +420,21 @@ def tpm(log_policy: Float[Array, "outputs"], instance: Instance) -> Float[Array,
         A probability. The mass of U is one minus it. Mass of π outside the support of p_ref
         belongs to neither component and counts as zero.
     """
-    log_p_a, log_p_u = finite_log(instance.log_p_aligned), finite_log(instance.log_p_unaligned)
-    support = jnp.maximum(log_p_a, log_p_u) > LOG_ZERO
-    log_total_ratio = jnp.log(total(jnp.exp(log_p_a)) / total(jnp.exp(log_p_u)))
-    log_odds = instance.logit_alpha[None] + (log_p_a - log_p_u) - log_total_ratio
-    share = jax.nn.sigmoid(jnp.where(support, log_odds, 0.0))
+    base = center(instance)
+    log_total_ratio = jnp.log(base.aligned.total / base.unaligned.total)
+    log_odds = base.logit_alpha + (base.aligned.log_p - base.unaligned.log_p) - log_total_ratio
+    share = jax.nn.sigmoid(jnp.where(base.support, log_odds, 0.0))
     policy = jnp.exp(finite_log(log_policy))
-    return total(jnp.where(support, policy * share, 0.0))[0]
+    return total(jnp.where(base.support, policy * share, 0.0))[0]
 
 
 def take_back_logits(
-    logits_tuned: Float[Array, "*batch outputs"],
-    logits_reference: Float[Array, "*batch outputs"],
+    logits_tuned: Float[Array, " *batch outputs"],
+    logits_reference: Float[Array, " *batch outputs"],
     *,
     a: float,
     b: float,
-) -> Float[Array, "*batch outputs"]:
+) -> Float[Array, " *batch outputs"]:
     """Return the paper's take-back logits, a·logits_tuned - b·logits_reference (section 1.4).
 
     With p_tuned = p*, the softmax of the result is p_ref^{a-b} e^{a r/β} up to scale: a - b = 1

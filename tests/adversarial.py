@@ -121,7 +121,7 @@ def _moderate_masses(rng: Rng, n: int, span: float) -> _Draft:
 
 
 def _tilt_cancels_mass(rng: Rng, n: int, span: float) -> _Draft:
-    """log p + r/beta nearly constant: every output is a mode."""
+    """Log p + r/beta nearly constant: every output is a mode."""
     span = min(span, 700.0)
     x = _spread(rng, n, span)
     noise = 0.3 * rng.standard_normal((2, n))
@@ -278,7 +278,7 @@ def _uniform(rng: Rng, n: int, span: float) -> _Draft:
 
 
 def _cancelling_logit(rng: Rng, n: int, span: float) -> _Draft:
-    """logit alpha = -Delta to the last place, so that TPM(A) = 1/2 comes out of two large terms."""
+    """Logit alpha = -Delta to the last place, so that TPM(A) = 1/2 comes out of two large terms."""
     d = _plain(rng, n, span)
 
     def cancel(case: Case) -> Case:

@@ -89,7 +89,7 @@ def _exp_remainder(t: mpf, exp_t: mpf) -> mpf:
 
 
 def _bregman(u: mpf, exp_u: mpf) -> mpf:
-    """u e^u - e^u + 1 >= 0, so that KL(p||q) = sum q bregman(log p/q) has no cancellation."""
+    """U e^u - e^u + 1 >= 0, so that KL(p||q) = sum q bregman(log p/q) has no cancellation."""
     if abs(u) > 1e-9:
         return u * exp_u - exp_u + 1
     return u * u * (mpf(1) / 2 + u * (mpf(1) / 3 + u * (mpf(1) / 8 + u / 30)))

@@ -22,8 +22,10 @@ from typing import Any
 
 import numpy as np
 
-INSTALL = ("pip install --no-deps pocketsphinx==5.1.1 && "
-           "pip install alt-profanity-check==1.9.1 vaderSentiment==3.3.2")
+INSTALL = (
+    "pip install --no-deps pocketsphinx==5.1.1 && "
+    "pip install alt-profanity-check==1.9.1 vaderSentiment==3.3.2"
+)
 OUTPUTS = 512  # completions kept for each prompt
 WORDS = 3  # most words in a completion
 BEAM = 64  # unfinished completions extended at each length
@@ -80,11 +82,11 @@ class LanguageModel:
         self.words = by_probability[:VOCABULARY]
 
     def score(self, word: str, before: tuple[str, ...]) -> int:
-        """log P(word | the two words before it), in units of NAT."""
+        """Log P(word | the two words before it), in units of NAT."""
         return int(self._model.prob([word, *before[:-3:-1]]))
 
     def completion(self, prompt: str, text: str) -> int:
-        """log P(text and the end of the sentence | prompt), in units of NAT."""
+        """Log P(text and the end of the sentence | prompt), in units of NAT."""
         before, total = tuple(prompt.split()), 0
         for word in [*text.split(), "</s>"]:
             total += self.score(word, before)
@@ -97,14 +99,22 @@ class LanguageModel:
         beam: list[tuple[int, tuple[str, ...]]] = [(0, ())]
         finished: list[tuple[int, str]] = []
         for _ in range(WORDS):
-            scores = np.array([[so_far + self.score(word, start + done) for word in self.words]
-                               for so_far, done in beam])
+            scores = np.array(
+                [
+                    [so_far + self.score(word, start + done) for word in self.words]
+                    for so_far, done in beam
+                ]
+            )
             best = np.argsort(-scores, axis=None, kind="stable")[:CANDIDATES]
             rows, columns = np.unravel_index(best, scores.shape)
-            extended = [(int(scores[i, j]), (*beam[i][1], self.words[j]))
-                        for i, j in zip(rows, columns, strict=True)]
-            finished += [(so_far + self.score("</s>", start + done), " ".join(done))
-                         for so_far, done in extended]
+            extended = [
+                (int(scores[i, j]), (*beam[i][1], self.words[j]))
+                for i, j in zip(rows, columns, strict=True)
+            ]
+            finished += [
+                (so_far + self.score("</s>", start + done), " ".join(done))
+                for so_far, done in extended
+            ]
             beam = extended[:BEAM]
         return [text for _, text in sorted(finished, key=lambda f: (-f[0], f[1]))[:OUTPUTS]]
 
@@ -126,8 +136,9 @@ def build(out: Path, lm: LanguageModel) -> None:
     print(file=sys.stderr)
     shape = (len(openings), OUTPUTS)
     texts = [f"{p} {y}" for p, row in zip(openings, outputs, strict=True) for y in row]
-    log_p = np.array([[NAT * lm.completion(p, y) for y in row]
-                      for p, row in zip(openings, outputs, strict=True)])
+    log_p = np.array(
+        [[NAT * lm.completion(p, y) for y in row] for p, row in zip(openings, outputs, strict=True)]
+    )
     top = log_p.max(1, keepdims=True)
     log_p -= top + np.log(np.exp(log_p - top).sum(1, keepdims=True))
     aligned = (1.0 - np.asarray(predict_prob(texts), np.float64)).astype(np.float32)
@@ -158,15 +169,21 @@ def describe(path: Path, lm: LanguageModel) -> None:
     p_ref = np.exp(data["log_p_ref"].astype(np.float64))
     p_ref /= p_ref.sum(1, keepdims=True)
     a = data["aligned_given_output"].astype(np.float64)
-    raw = NAT * np.array([[lm.completion(p, y) for y in row]
-                          for p, row in zip(data["prompt"], data["output"], strict=True)])
+    raw = NAT * np.array(
+        [
+            [lm.completion(p, y) for y in row]
+            for p, row in zip(data["prompt"], data["output"], strict=True)
+        ]
+    )
     mass = np.exp(raw).sum(1)
     error = np.abs(raw - np.log(mass)[:, None] - data["log_p_ref"]).max()
     length = np.char.count(data["output"], " ") + 1
     alpha = (p_ref * a).sum(1)
     entropy = -(p_ref * np.log(p_ref)).sum(1)
-    sums = [sum(math.exp(NAT * lm.score(w, tuple(p.split()))) for w in [*lm.all_words, "</s>"])
-            for p in data["prompt"]]
+    sums = [
+        sum(math.exp(NAT * lm.score(w, tuple(p.split()))) for w in [*lm.all_words, "</s>"])
+        for p in data["prompt"]
+    ]
 
     def spread(x: np.ndarray) -> str:
         low, mid, high = np.quantile(x, (0, 0.5, 1))
@@ -181,8 +198,10 @@ def describe(path: Path, lm: LanguageModel) -> None:
     print(f"probability of the listed completions before renormalising: {spread(mass)}")
     print(f"effective number of outputs, exp(entropy): {spread(np.exp(entropy))}")
     print(f"alpha = E_ref[aligned]: {spread(alpha)}")
-    print(f"aligned_given_output: {spread(a)}; below 1/2: {(a < 0.5).mean():.2%} of outputs, "
-          f"{(p_ref * (a < 0.5)).sum(1).mean():.2%} of the average p_ref")
+    print(
+        f"aligned_given_output: {spread(a)}; below 1/2: {(a < 0.5).mean():.2%} of outputs, "
+        f"{(p_ref * (a < 0.5)).sum(1).mean():.2%} of the average p_ref"
+    )
     log_a = np.log(p_ref * a) - np.log(alpha)[:, None]
     log_u = np.log(p_ref * (1 - a)) - np.log1p(-alpha)[:, None]
     for name in ("reward", "reward_toxicity"):
@@ -190,29 +209,40 @@ def describe(path: Path, lm: LanguageModel) -> None:
         levels = [len(np.unique(row)) for row in r]
         cov_a, cov_u = (((np.exp(q) - 1 / r.shape[1]) * r).sum(1) for q in (log_a, log_u))
         meets = (cov_a > 0) & (cov_u < 0)
-        print(f"{name}: {spread(r)}; zero: {(r == 0).mean():.2%}; levels per prompt "
-              f"{min(levels)} to {max(levels)}")
-        print(f"  Cov(r, p_A) > 0: {(cov_a > 0).sum()}, Cov(r, p_U) < 0: {(cov_u < 0).sum()}, "
-              f"both (hypotheses of Theorem 2): {meets.sum()} of {len(r)} prompts")
+        print(
+            f"{name}: {spread(r)}; zero: {(r == 0).mean():.2%}; levels per prompt "
+            f"{min(levels)} to {max(levels)}"
+        )
+        print(
+            f"  Cov(r, p_A) > 0: {(cov_a > 0).sum()}, Cov(r, p_U) < 0: {(cov_u < 0).sum()}, "
+            f"both (hypotheses of Theorem 2): {meets.sum()} of {len(r)} prompts"
+        )
         for beta in BETAS:
             delta = log_mean_exp(log_a, r / beta) - log_mean_exp(log_u, r / beta)
-            print(f"  beta {beta:<4}: Delta < 0 in {(meets & (delta < 0)).sum()} of these, "
-                  f"{(delta < 0).sum()} of all; Delta {spread(delta)}")
+            print(
+                f"  beta {beta:<4}: Delta < 0 in {(meets & (delta < 0)).sum()} of these, "
+                f"{(delta < 0).sum()} of all; Delta {spread(delta)}"
+            )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("ngram.npz"), help="the file to write")
-    parser.add_argument("--describe", action="store_true",
-                        help="write nothing: print the numbers of the file that --out names")
+    parser.add_argument(
+        "--describe",
+        action="store_true",
+        help="write nothing: print the numbers of the file that --out names",
+    )
     arguments = parser.parse_args()
     try:
         import pocketsphinx  # noqa: F401
         import profanity_check  # noqa: F401
         import vaderSentiment  # noqa: F401
     except ImportError as error:
-        print(f"build.py: {error.name} is missing; install the sources of the data with: {INSTALL}",
-              file=sys.stderr)
+        print(
+            f"build.py: {error.name} is missing; install the sources of the data with: {INSTALL}",
+            file=sys.stderr,
+        )
         return 2
     lm = LanguageModel()
     if not arguments.describe:

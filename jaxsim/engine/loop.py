@@ -94,7 +94,7 @@ def _solve_tile(
 @partial(jax.jit, static_argnums=(1, 2))
 def descent_trace(
     instance: Instance, optimizer: optax.GradientTransformation, steps: int
-) -> Float[Array, "steps instances"]:
+) -> Float[Array, " steps instances"]:
     """Record KL(π‖p*) after each of `steps` steps on a batch, whether or not it has converged."""
     tasks = jax.vmap(descent.problem)(instance)
     never = jnp.asarray(-1.0, instance.reward.dtype)

@@ -9,6 +9,8 @@ import numpy as np
 
 from jaxsim.claims import case
 from jaxsim.sources import ArraySource
+from jaxsim.theorem import covariances
+from jaxsim.tilting import center
 
 
 def per_instance(source: ArraySource, betas: tuple[float, ...]) -> dict[str, Any]:
@@ -16,7 +18,8 @@ def per_instance(source: ArraySource, betas: tuple[float, ...]) -> dict[str, Any
 
     @jax.jit
     def results(tile: Any) -> Any:
-        judged = case(tile, jnp.ones(tile.beta.shape, bool))
+        base = center(tile)
+        judged = case(base, covariances(base), tile.beta, jnp.ones(tile.beta.shape, bool))
         return judged.evaluation, judged.verdict, tile.alpha, tile.beta
 
     blocks: list[dict[str, Any]] = []
@@ -27,7 +30,7 @@ def per_instance(source: ArraySource, betas: tuple[float, ...]) -> dict[str, Any
             if beta is not None:
                 tile = replace(tile, beta=jnp.full_like(tile.beta, beta))
             evaluation, verdict, alpha, own_beta = jax.device_get(results(tile))
-            columns = {"name": source.prompts[start : start + rows]}
+            columns: dict[str, Any] = {"name": source.prompts[start : start + rows]}
             columns["beta"] = np.full(rows, beta) if beta is not None else own_beta[:rows]
             columns["alpha"] = alpha[:rows]
             columns |= {name: value[:rows] for name, value in vars(evaluation).items()}

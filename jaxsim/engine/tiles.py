@@ -46,7 +46,7 @@ def sample_instances(key: jax.Array, family: Family, num: int, *, start: int = 0
 
 def require_dtype(dtype: str) -> None:
     """Refuse float64 where JAX's 64-bit mode is off, instead of silently computing in float32."""
-    if dtype == "float64" and not jax.config.jax_enable_x64:
+    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             "dtype is float64, but JAX's 64-bit mode is off; set JAX_ENABLE_X64=1 or call "
             "jax.config.update('jax_enable_x64', True)"

@@ -1,4 +1,4 @@
-"""Random numbers by counter: word w of instance i is a function of (key, i, w), and of nothing else.
+"""Random numbers by counter: word w of instance i is a function of (key, i, w) and nothing else.
 
 Threefry-2x32 (Salmon et al. 2011), written as array operations so that XLA fuses it with what
 consumes the words. The block cipher is that of `jax.extend.random.threefry_2x32`. An instance has a
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, UInt32
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -36,7 +37,7 @@ def key_words(key: jax.Array) -> UInt32[Array, "2"]:
     Raises:
         TypeError: for a raw uint32 key or another implementation's.
     """
-    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+    if not jnp.issubdtype(getattr(key, "dtype", np.dtype(bool)), jax.dtypes.prng_key):
         raise TypeError("key: expected a typed key, as jax.random.key(0) makes")
     words = jax.random.key_data(key)
     if words.shape != (2,):

@@ -1,4 +1,4 @@
-"""Draw the instance, or the tile of instances, that a family assigns to a stream of random words."""
+"""Draw the instance, or the tile of them, that a family assigns to a stream of random words."""
 
 import math
 
@@ -116,7 +116,7 @@ def _scalar(spec: Scalar, stream: Stream, purpose: int, dtype: jnp.dtype) -> Arr
     if spec.kind == "log_uniform":
         low, high = math.log(spec.low), math.log(spec.high)
         return jnp.exp(low + (high - low) * u)
-    # Selects rather than a gather: XLA on CPU takes seconds to compile a gather fused with Threefry.
+    # Selects, not a gather: XLA on CPU takes seconds to compile a gather fused with Threefry.
     chosen = jnp.full(shape, spec.values[0], dtype)
     for at, value in enumerate(spec.values[1:], start=1):
         chosen = jnp.where(u * len(spec.values) >= at, jnp.asarray(value, dtype), chosen)

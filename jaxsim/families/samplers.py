@@ -21,18 +21,23 @@ def uniform(words: tuple[Array, Array], dtype: jnp.dtype) -> tuple[Array, Array]
     return u, u
 
 
-def _unit32(word: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
+def _unit32(word: UInt32[Array, " *shape"]) -> Float[Array, " *shape"]:
     u = (word.astype(jnp.float32) + jnp.float32(0.5)) * jnp.float32(2.0**-32)
     return jnp.minimum(u, jnp.float32(1 - 2.0**-24))
 
 
-# Inverse normal distribution function, Wichura (1988), Algorithm AS 241: numerators and denominators
-# for the centre and the tail (PPND7, single precision), and the far tail too (PPND16, double).
+# Inverse normal distribution function, Wichura (1988), Algorithm AS 241: numerators and
+# denominators for the centre and the tail (PPND7, single precision), and the far tail too (PPND16,
+# double).
 _PPND7 = (
-    ((3.3871327179, 50.434271938, 159.29113202, 59.109374720),
-     (1.0, 17.895169469, 78.757757664, 67.187563600)),
-    ((1.4234372777, 2.7568153900, 1.3067284816, 0.17023821103),
-     (1.0, 0.73700164250, 0.12021132975)),
+    (
+        (3.3871327179, 50.434271938, 159.29113202, 59.109374720),
+        (1.0, 17.895169469, 78.757757664, 67.187563600),
+    ),
+    (
+        (1.4234372777, 2.7568153900, 1.3067284816, 0.17023821103),
+        (1.0, 0.73700164250, 0.12021132975),
+    ),
 )
 _PPND16 = (
     ((3.3871328727963666080, 133.14166789178437745, 1971.5909503065514427, 13731.693765509461125,
@@ -54,7 +59,7 @@ _PPND16 = (
 )  # fmt: skip
 
 
-def inverse_normal(tail: Float[Array, "*shape"], negative: Array) -> Float[Array, "*shape"]:
+def inverse_normal(tail: Float[Array, " *shape"], negative: Array) -> Float[Array, " *shape"]:
     """Return the standard normal deviate whose smaller tail has probability `tail` in (0, 1/2]."""
     pieces = _PPND7 if tail.dtype == jnp.float32 else _PPND16
     q = 0.5 - tail
@@ -87,9 +92,7 @@ def normals(words: tuple[Array, Array], dtype: jnp.dtype) -> tuple[Array, Array]
     folded = [jnp.where(n, ~word, word) for n, word in zip(negative, words, strict=True)]
     if dtype == jnp.float32:
         tails = [(word.astype(dtype) + 0.5) * jnp.float32(2.0**-32) for word in folded]
-        first, second = (
-            inverse_normal(t, n) for t, n in zip(tails, negative, strict=True)
-        )
+        first, second = (inverse_normal(t, n) for t, n in zip(tails, negative, strict=True))
         return first, second
     low = jnp.where(negative[0], ~words[1], words[1]).astype(dtype)
     tail = (folded[0].astype(dtype) + (low + 0.5) * 2.0**-32) * 2.0**-32
@@ -105,7 +108,7 @@ def normal(stream: Stream, purpose: int, count: int, dtype: jnp.dtype) -> Array:
     return jnp.concatenate([first, second])[:count]
 
 
-def log_exponential(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def log_exponential(u: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
     """Return log of a standard exponential variable, -log(1-u), from a uniform."""
     return jnp.log(-jnp.log1p(-u))
 
@@ -146,30 +149,27 @@ def log_gamma_variate(
     return log_g
 
 
-def log_normalise(log_mass: Float[Array, "outputs *tile"]) -> Float[Array, "outputs *tile"]:
+def log_normalise(log_mass: Float[Array, " outputs *tile"]) -> Float[Array, " outputs *tile"]:
     """Return log-probabilities proportional to e^log_mass."""
     peak = jnp.max(log_mass, axis=0, keepdims=True)
     log_total = jnp.log(jnp.sum(jnp.exp(log_mass - peak), axis=0, keepdims=True))
     return log_mass - peak - log_total
 
 
-def standardise(x: Float[Array, "outputs *tile"]) -> Float[Array, "outputs *tile"]:
+def standardise(x: Float[Array, " outputs *tile"]) -> Float[Array, " outputs *tile"]:
     """Return x less its mean over outputs, divided by its standard deviation (0 where constant)."""
     centered = x - jnp.mean(x, axis=0, keepdims=True)
     deviation = jnp.sqrt(jnp.mean(centered * centered, axis=0, keepdims=True))
     return centered / jnp.where(deviation > 0, deviation, 1.0)
 
 
-def logit(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def logit(u: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
     """Return log u/(1-u)."""
     return jnp.log(u) - jnp.log1p(-u)
 
 
-def student_t(
-    stream: Stream, purpose: int, count: int, degrees: float, dtype: jnp.dtype
-) -> Array:
+def student_t(stream: Stream, purpose: int, count: int, degrees: float, dtype: jnp.dtype) -> Array:
     """Return Student's t as a normal over the root of a gamma variable."""
     z = normal(stream, purpose, count, dtype)
     log_g = log_gamma_variate(stream, purpose + 1, count, degrees / 2, dtype)
     return z * jnp.exp(-0.5 * (log_g - jnp.log(jnp.asarray(degrees / 2, dtype))))
-

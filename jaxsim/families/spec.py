@@ -80,9 +80,9 @@ class Components:
 class Rewards:
     """How r is drawn."""
 
-    kind: Literal[
-        "gaussian", "student_t", "bounded", "binary", "correlated", "bradley_terry"
-    ] = "gaussian"
+    kind: Literal["gaussian", "student_t", "bounded", "binary", "correlated", "bradley_terry"] = (
+        "gaussian"
+    )
     """gaussian: N(0, 1). student_t: heavy tails. bounded: uniform on [-1, 1]. binary: 0 or 1.
     correlated: with log p_A/p_U. bradley_terry: log of exponentially distributed strengths."""
     scale: float = 1.0

@@ -1,6 +1,6 @@
-"""Figures, drawn from the CSV files of a run: the only importer of matplotlib, and no importer of JAX.
+"""Figures, drawn from the CSV files of a run: the only importer of matplotlib.
 
-Redrawing needs nothing but the run directory, and equal data give equal bytes.
+Redrawing needs the run directory and no JAX, and equal data give equal bytes.
 """
 
 import gc

@@ -11,11 +11,11 @@ from matplotlib.patches import Patch
 
 from jaxsim.figures.bands import OUTER, ordered, where
 from jaxsim.figures.labels import decade, name, number
-from jaxsim.figures.scales import decades, even_ticks, inner, ticks
+from jaxsim.figures.scales import decades, even_ticks, hide_labels, ticks
 from jaxsim.figures.style import ALIGNED, COLUMN, FAILING, INK, PAGE, Columns, key, panel, styled
 
 _GAP = 0.18
-_LEFT, _RIGHT, _TOP, _BOTTOM = 0.56, 0.12, 0.42, 0.42
+_LEFT, _RIGHT, _BOTTOM = 0.56, 0.16, 0.42
 _DOTTED, _DASHED = (0, (1, 1)), (0, (5, 2))
 
 
@@ -36,36 +36,37 @@ def convergence(columns: Columns, facts: Mapping[str, Any] | None = None) -> Fig
     width = COLUMN if across == 1 else PAGE
     wide = (width - _LEFT - _RIGHT - (across - 1) * _GAP) / across
     tall = 1.9 if down == 1 else 1.4
-    height = _TOP + _BOTTOM + down * tall + (down - 1) * (_GAP + 0.14)
+    top = 0.42 if across > 1 else 0.58  # the legend takes two lines over one panel
+    height = top + _BOTTOM + down * tall + (down - 1) * (_GAP + 0.14)
     figure = Figure((width, height))
     scale = _Scale(columns, tolerance)
     last = max(columns["step"])
     first = min(columns["step"])
     for at, optimizer in enumerate(optimizers):
         row, column = divmod(at, across)
-        bottom = height - _TOP - tall - row * (tall + _GAP + 0.14)
+        bottom = height - top - tall - row * (tall + _GAP + 0.14)
         axes = panel(figure, _LEFT + column * (wide + _GAP), bottom, wide, tall)
         rows = ordered(where(columns, [o == optimizer for o in columns["optimizer"]]), "step")
         step, q05, q50, q95, worst = (
             rows["step"],
             *(scale.placed(rows[c]) for c in ("q05", "q50", "q95", "worst")),
         )
-        axes.fill_between(step, q05, q95, color=OUTER, linewidth=0)
-        axes.plot(step, worst, color=INK, linestyle=_DOTTED)
-        axes.plot(step, q50, color=ALIGNED)
         if len(step) == 1:
-            axes.plot(step * 2, [*q50, *worst], color=ALIGNED, marker="o", linestyle="")
+            axes.vlines(step, q05, q95, color=OUTER, linewidth=6)
+        axes.fill_between(step, q05, q95, color=OUTER, linewidth=0)
+        axes.plot(step, worst, color=INK, linestyle=_DOTTED, marker="v" if len(step) == 1 else "")
+        axes.plot(step, q50, color=ALIGNED, marker="o" if len(step) == 1 else "")
         if tolerance:
             axes.axhline(tolerance, color=FAILING, linestyle=_DASHED, linewidth=0.9)
         axes.set_xlim((first, last) if last > first else (first - 0.5, first + 0.5))
         ticks(axes.xaxis, even_ticks(first, last, 4))
         scale.apply(axes)
         if column:
-            inner(axes.yaxis)
+            hide_labels(axes.yaxis)
         if at + across < len(optimizers):
-            inner(axes.xaxis)
+            hide_labels(axes.xaxis)
         axes.set_title(name(optimizer, int(wide / 0.066)), pad=3)
-    middle = (_BOTTOM + height - _TOP) / 2 / height
+    middle = (_BOTTOM + height - top) / 2 / height
     center = (_LEFT + width - _RIGHT) / 2 / width
     figure.text(0.04 / width, middle, "KL(π ‖ p*) (nats)", rotation=90, va="center", ha="left")
     figure.text(center, 0.05 / height, "optimiser steps", va="bottom", ha="center")
@@ -95,12 +96,13 @@ class _Scale:
         self.names = [decade(v) for v in self.at]
         room = max(10.0, (self.high / self.low) ** 0.1)
         self.zero, self.infinity = self.low / room, self.high * room
-        self.bottom, self.top = self.low, self.high
+        pad = (self.high / self.low) ** 0.03
+        self.bottom, self.top = self.low / pad, self.high * pad
         if any(v <= 0 for v in values):
-            self.bottom = self.zero / room**0.25
+            self.bottom = self.zero / pad
             self.at, self.names = [self.zero, *self.at], ["0", *self.names]
         if math.inf in values:
-            self.top = self.infinity * room**0.25
+            self.top = self.infinity * pad
             self.at, self.names = [*self.at, self.infinity], [*self.names, "∞"]
 
     def placed(self, values: list[float]) -> list[float]:

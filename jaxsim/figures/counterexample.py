@@ -144,11 +144,12 @@ def _rows(columns: Columns, alpha: float) -> list[_Row]:
 def _story(facts: Mapping[str, Any]) -> list[str]:
     """Say in words what the figure shows."""
     alpha, tpm, beta = facts["alpha"], facts["tpm_aligned"], facts["beta"]
+    shift = facts["log_odds_shift"]
     aligned, unaligned = facts["covariance_aligned"], facts["covariance_unaligned"]
     lines = [f"“{name(facts['name'], 100)}”"] if facts.get("name") else []
     lines.append(
-        f"Probability owed to component A: α = {number(alpha)} before tuning, TPM(A) = {number(tpm)} "
-        f"after (β = {number(beta)}; log-odds shift Δ = {number(facts['log_odds_shift'])} nats)."
+        f"Probability owed to component A: α = {number(alpha)} before tuning, TPM(A) = "
+        f"{number(tpm)} after (β = {number(beta)}; log-odds shift Δ = {number(shift)} nats)."
     )
     if aligned > 0 > unaligned:
         lines.append(
@@ -167,16 +168,25 @@ def _draw_rewards(axes: Axes, rows: Sequence[_Row]) -> None:
     for y, row in enumerate(rows):
         first, last = row.rewards
         axes.plot((first, last), (y, y), color=INK, marker="o", linewidth=1.0)
-        text = number(first) if first == last else f"{number(first)} to {number(last)}"
-        left = last > low + 0.6 * span
+        if first < last:
+            text, place, shift, align = (
+                f"{number(first)} to {number(last)}",
+                ((low + high) / 2, y),
+                (0, 3),
+                "center",
+            )
+        elif last > low + 0.6 * span:
+            text, place, shift, align = number(last), (last, y), (-5, 0), "right"
+        else:
+            text, place, shift, align = number(last), (last, y), (5, 0), "left"
         axes.annotate(
             text,
-            (first if left else last, y),
-            (-5 if left else 5, 0),
-            fontsize=7,
+            place,
+            shift,
             textcoords="offset points",
-            ha="right" if left else "left",
-            va="center_baseline",
+            fontsize=7,
+            ha=align,
+            va="bottom" if first < last else "center_baseline",
         )
     axes.set_xlim(low - 0.12 * span, high + 0.12 * span)
     ticks(axes.xaxis, even_ticks(low, high, 3))
@@ -184,12 +194,11 @@ def _draw_rewards(axes: Axes, rows: Sequence[_Row]) -> None:
 
 
 def _draw_components(axes: Axes, rows: Sequence[_Row]) -> None:
-    at = range(len(rows))
     for masses, offset, color in (
         ([row.aligned for row in rows], -0.17, ALIGNED),
         ([row.unaligned for row in rows], 0.17, UNALIGNED),
     ):
-        axes.barh([y + offset for y in at], masses, 0.3, color=color)
+        _bars(axes, masses, offset, color)
         _values(axes, masses, offset)
     _finish_bars(axes, max(max(row.aligned, row.unaligned) for row in rows))
     axes.set_xlabel("$p_A$ and $p_U$ (probability)", parse_math=True)
@@ -200,19 +209,34 @@ def _draw_mixture(axes: Axes, rows: Sequence[_Row]) -> None:
         ([row.reference for row in rows], -0.17, _PALE_ALIGNED, _PALE_UNALIGNED),
         ([row.optimum for row in rows], 0.17, ALIGNED, UNALIGNED),
     ):
-        places = [y + offset for y in range(len(rows))]
-        aligned, unaligned = [a for a, _ in parts], [u for _, u in parts]
-        axes.barh(places, aligned, 0.3, color=aligned_color)
-        axes.barh(places, unaligned, 0.3, left=aligned, color=unaligned_color)
+        aligned = [part for part, _ in parts]
+        _bars(axes, aligned, offset, aligned_color)
+        _bars(axes, [part for _, part in parts], offset, unaligned_color, aligned)
         _values(axes, [a + u for a, u in parts], offset)
     _finish_bars(axes, max(sum(part) for row in rows for part in (row.reference, row.optimum)))
-    axes.set_xlabel("mixture, by component (probability)")
+    axes.set_xlabel("$p_{ref}$ and $p$* (probability)", parse_math=True)
+
+
+def _bars(
+    axes: Axes,
+    widths: Sequence[float],
+    offset: float,
+    color: str,
+    starts: Sequence[float] | None = None,
+) -> None:
+    """Draw a bar in each row; none where it is empty, as some viewers show that as a hairline."""
+    bars = [
+        (y + offset, width, starts[y] if starts else 0.0) for y, width in enumerate(widths) if width
+    ]
+    if bars:
+        places, lengths, left = zip(*bars, strict=True)
+        axes.barh(places, lengths, 0.3, left=left, color=color)
 
 
 def _values(axes: Axes, values: Sequence[float], offset: float) -> None:
     for y, value in enumerate(values):
         axes.annotate(
-            number(value, 2),
+            number(value, 2) if value >= 0.001 or value == 0 else "<0.001",
             (value, y + offset),
             (2, 0),
             fontsize=6,

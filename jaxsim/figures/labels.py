@@ -12,13 +12,15 @@ _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def number(value: float, digits: int = 3) -> str:
     """Write a number with so many significant digits, and a true minus sign.
 
-    >>> number(-0.12345), number(2.0), number(1e-7), number(float("inf"))
-    ('−0.123', '2', '10⁻⁷', '∞')
+    >>> number(-0.12345), number(1500.2), number(1e-7), number(float("inf"))
+    ('−0.123', '1500', '10⁻⁷', '∞')
     """
     if math.isnan(value):
         return "–"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
+    if 1 <= abs(value) < 99999.5:
+        digits = max(digits, len(f"{abs(value):.0f}"))
     mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
     text = mantissa.replace("-", "−")
     if not exponent:
@@ -30,26 +32,26 @@ def number(value: float, digits: int = 3) -> str:
 def decade(value: float) -> str:
     """Write a power of ten.
 
-    >>> decade(0.001), decade(1.0), decade(100.0)
-    ('10⁻³', '1', '10²')
+    >>> decade(0.001), decade(1.0), decade(10.0), decade(100.0)
+    ('10⁻³', '1', '10', '10²')
     """
     exponent = round(math.log10(value))
-    return "10" + str(exponent).translate(_RAISED) if exponent else "1"
+    return {0: "1", 1: "10"}.get(exponent, "10" + str(exponent).translate(_RAISED))
 
 
-def beta_name(beta: float) -> str:
+def beta_name(beta: float, digits: int = 3) -> str:
     """Write a value of β; NaN stands for a run in which each instance has its own."""
-    return "own β" if math.isnan(beta) else number(beta)
+    return "own β" if math.isnan(beta) else number(beta, digits)
 
 
 def name(value: object, width: int, lines: int = 1) -> str:
-    """Make a name, which may be a whole prompt, fit into lines of so many characters.
+    r"""Make a name, which may be a whole prompt, fit into lines of so many characters.
 
     Line breaks and other control characters become spaces, and characters that the font lacks
     become boxes. What does not fit is cut off, and the cut is marked.
 
-    >>> name("a prompt that\\nis rather long", 12, 2)
-    'a prompt\\nthat is…'
+    >>> name("a prompt that\nis rather long", 12, 2)
+    'a prompt\nthat is…'
     """
     if isinstance(value, float):  # a name that reads as a number comes back from CSV as one
         value = f"{value:.15g}"

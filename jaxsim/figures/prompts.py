@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from jaxsim.figures.labels import beta_name, decade, name
-from jaxsim.figures.scales import beta_axis, decades, ticks
+from jaxsim.figures.scales import beta_axis, decades, distinct_betas, ticks
 from jaxsim.figures.style import (
     ALIGNED,
     FAILING,
@@ -51,47 +51,38 @@ def prompts(columns: Columns) -> Figure:
     figure = Figure((PAGE, 3.1))
     axes = panel(figure, 0.62, 0.42, 3.9, 2.56)
     lines = _lines(columns, beta_axis(axes, columns["beta"]))
-    if len({beta_name(b) for b in columns["beta"]}) == 1:
+    single = len(distinct_betas(columns["beta"], 2)) == 1
+    if single:
         lines = _side_by_side(lines)
-        axes.set_xlabel(f"prompts, in the order of Δ (β: {beta_name(columns['beta'][0])})")
+        beta = columns["beta"][0]
+        each = "each at its own β" if math.isnan(beta) else f"β = {beta_name(beta)}"
+        axes.set_xlabel(f"prompts, in the order of Δ ({each})")
         ticks(axes.xaxis, ())
     failing = [line for line in lines if line.fails]
+    holding = [line for line in lines if line.assumed and not line.fails]
+    others = [line for line in lines if not line.assumed]
     handles = [
-        _draw(axes, failing, "hypotheses hold, yet Δ < 0", FAILING, 1.0, zorder=2.3),
-        _draw(
-            axes,
-            [p for p in lines if p.assumed and not p.fails],
-            "hypotheses hold, otherwise",
-            ALIGNED,
-            0.8,
-            linestyle=(0, (3, 1)),
-            zorder=2.2,
-        ),
-        _draw(
-            axes,
-            [p for p in lines if not p.assumed],
-            "hypotheses do not hold",
-            FAINT,
-            0.5,
-            zorder=2.1,
-        ),
+        _draw(axes, failing, "hypotheses hold, yet Δ < 0", FAILING, 1.0, "v", zorder=2.3),
+        _draw(axes, holding, "hypotheses hold, otherwise", ALIGNED, 0.8, "^", dashes=(3, 1)),
+        _draw(axes, others, "hypotheses do not hold", FAINT, 0.5, ".", zorder=1.9),
     ]
     axes.axhline(0, color=INK, linewidth=0.8, zorder=2.4)
     lowest = sorted(failing, key=lambda p: min(p.shift))[: len(_MARKERS)]
     if lowest:
         handles.append(Line2D([], [], linestyle="", label="Lowest of the failing:"))
     for marker, line in zip(_MARKERS, lowest, strict=False):
-        shown = {
+        shown: dict[str, Any] = {
             "color": FAILING,
             "marker": marker,
             "markeredgecolor": INK,
             "markeredgewidth": 0.6,
             "markersize": 4.5,
             "linewidth": 1.6,
+            "linestyle": "" if single else "-",
         }
         axes.plot(line.x, line.shift, zorder=2.5, **shown)
         handles.append(Line2D([], [], label=name(line.name, 36, 2), **shown))
-    _symlog(axes, [abs(d) for line in lines for d in line.shift if d])
+    _symlog(axes, [shift for line in lines for shift in line.shift])
     axes.set_ylabel("log-odds shift Δ (nats)")
     key(figure, 4.66, 0.12, handles, labelspacing=0.7)
     return figure
@@ -125,31 +116,36 @@ def _side_by_side(lines: list[_Prompt]) -> list[_Prompt]:
 
 
 def _draw(
-    axes: Axes, lines: Sequence[_Prompt], label: str, color: str, width: float, **kwargs: Any
+    axes: Axes,
+    lines: Sequence[_Prompt],
+    label: str,
+    color: str,
+    width: float,
+    marker: str,
+    **kwargs: Any,
 ) -> Line2D:
     """Draw many lines as one path with gaps, small and quick in every format; return its key."""
     x = [v for line in lines for v in (*line.x, math.nan)]
     y = [v for line in lines for v in (*line.shift, math.nan)]
-    alone = all(len(line.x) == 1 for line in lines)
-    if alone:
-        kwargs |= {"linestyle": "", "marker": "o", "markersize": 3, "markeredgewidth": 0}
-    axes.plot(x, y, color=color, linewidth=width, **kwargs)
-    kwargs["linewidth"] = 2 * width
-    return Line2D([], [], color=color, label=f"{label} ({len(lines)})", **kwargs)
+    if lines and all(len(line.x) == 1 for line in lines):
+        kwargs |= {"linestyle": "", "marker": marker, "markersize": 4, "markeredgewidth": 0}
+    crowded = min(1.0, (40 / max(len(lines), 1)) ** 0.5)
+    axes.plot(x, y, color=color, linewidth=crowded * width, **kwargs)
+    label = f"{label} ({len(lines)})"
+    return Line2D([], [], color=color, linewidth=2 * width, label=label, **kwargs)
 
 
-def _symlog(axes: Axes, sizes: list[float]) -> None:
+def _symlog(axes: Axes, shifts: Sequence[float]) -> None:
     """Scale y logarithmically on both sides of 0, linearly near it."""
-    sizes = sorted(sizes) or [1.0]
+    sizes = sorted(abs(shift) for shift in shifts if shift) or [1.0]
     high = sizes[-1]
     low = max(sizes[len(sizes) // 10], high * 1e-4)
     threshold = 10.0 ** math.floor(math.log10(low))
     axes.set_yscale("symlog", linthresh=threshold, linscale=0.5)
-    bottom, top = axes.dataLim.intervaly
-    axes.set_ylim(min(1.3 * bottom, -threshold), max(1.3 * top, threshold))
+    low_end, high_end = 1.3 * min([*shifts, -threshold]), 1.3 * max([*shifts, threshold])
+    axes.set_ylim(low_end, high_end)
     powers = decades(threshold, max(high, threshold), 4)
     at = [*(-p for p in reversed(powers)), 0.0, *powers]
     names = [*("−" + decade(p) for p in reversed(powers)), "0", *(decade(p) for p in powers)]
-    low_end, high_end = axes.get_ylim()
     shown = [(v, n) for v, n in zip(at, names, strict=True) if low_end <= v <= high_end]
     ticks(axes.yaxis, [v for v, _ in shown], [n for _, n in shown])

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from jaxsim.figures.labels import beta_name, number
@@ -25,13 +26,27 @@ def beta_axis(axes: Axes, betas: Sequence[float], label: str = BETA) -> list[flo
         pad = (high / low) ** 0.03
         axes.set_xscale("log")
         axes.set_xlim(low / pad, high * pad)
-        candidates = finite if len(finite) <= 12 else _round_numbers(low, high)
+        candidates = _round_numbers(low, high) if len(finite) > 12 else finite
         ticks(axes.xaxis, _legible(candidates, _inches(axes), low, high))
         axes.set_xlabel(label)
         return list(betas)
     categories(axes, [beta_name(b) for b in finite] + ["own β"] * own)
     axes.set_xlabel(label)
     return [float(len(finite) if math.isnan(b) else finite.index(b)) for b in betas]
+
+
+def distinct_betas(betas: Iterable[float], most: int) -> list[float]:
+    """Return the values of β in order, NaN last; of more than `most`, as many, evenly chosen."""
+    known = {None if math.isnan(b) else b for b in betas}
+    found = sorted(b for b in known if b is not None) + [math.nan] * (None in known)
+    if len(found) <= most:
+        return found
+    return [found[round(k * (len(found) - 1) / (most - 1))] for k in range(most)]
+
+
+def same_beta(one: float, other: float) -> bool:
+    """Whether two values of β are the same one; NaN is."""
+    return one == other or (math.isnan(one) and math.isnan(other))
 
 
 def categories(axes: Axes, names: Sequence[str]) -> None:
@@ -47,13 +62,13 @@ def ticks(axis: Axis, at: Iterable[float], names: Sequence[str] | None = None) -
     axis.set_minor_locator(NullLocator())
 
 
-def unit_ticks(axis: Axis) -> None:
-    """Put the ticks of an axis from 0 to 1."""
-    axis.axes.set(**{f"{axis.axis_name}lim": (0, 1)})
-    ticks(axis, (0, 0.25, 0.5, 0.75, 1), ("0", "0.25", "0.5", "0.75", "1"))
+def unit_ticks(axis: Axis, parts: int) -> None:
+    """Have an axis go from 0 to 1, with ticks at so many equal parts."""
+    axis.set_view_interval(0, 1, ignore=True)
+    ticks(axis, [k / parts for k in range(parts + 1)])
 
 
-def inner(axis: Axis) -> None:
+def hide_labels(axis: Axis) -> None:
     """Leave out the tick labels of an axis that a neighbour shows."""
     axis.set_tick_params(labelbottom=False, labelleft=False)
 
@@ -78,14 +93,19 @@ def even_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 def _inches(axes: Axes) -> float:
     figure = axes.get_figure()
-    assert figure is not None
+    assert isinstance(figure, Figure)
     return float(axes.get_position().width * figure.get_size_inches()[0])
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
+    """Return powers of ten; where these are few, 2 and 5 times them too, or else the ends."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    every = [m * 10.0**k for k in powers for m in (1, 2, 5)]
-    return [x for x in every if low <= x * 1.000001 and x <= high * 1.000001]
+    for steps, enough in (((1,), 4), ((1, 2, 5), 2)):
+        every = [m * 10.0**k for k in powers for m in steps]
+        found = [x for x in every if low <= x * 1.000001 and x <= high * 1.000001]
+        if len(found) >= enough:
+            return found
+    return [low, high]
 
 
 def _legible(values: Sequence[float], inches: float, low: float, high: float) -> list[float]:

@@ -72,7 +72,7 @@ _DRAWN = {
     "ytick.major.width": 0.6,
 }
 _PROCESS_WIDE = {"backend", "backend_fallback", "interactive", "toolbar", "timezone"}
-_SETTINGS = {
+_SETTINGS: Any = {
     name: value
     for name, value in matplotlib.rcParamsDefault.items()
     if name not in _PROCESS_WIDE and not name.startswith(("webagg.", "keymap.", "animation."))

@@ -1,15 +1,23 @@
 """How often Theorem 2 fails, by number of outputs and β."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 
 from jaxsim.figures.bands import ordered, where
-from jaxsim.figures.labels import beta_name
-from jaxsim.figures.scales import BETA, beta_axis, categories, even_ticks, ticks
+from jaxsim.figures.labels import beta_name, number
+from jaxsim.figures.scales import (
+    BETA,
+    beta_axis,
+    categories,
+    distinct_betas,
+    even_ticks,
+    same_beta,
+    ticks,
+)
 from jaxsim.figures.style import COLUMN, FAILING, FAINT, Columns, note, panel, styled
 
 OUTPUTS = "number of outputs n"
@@ -33,45 +41,36 @@ def violations(columns: Columns) -> Figure:
             no instance met the hypotheses.
     """
     several = len(set(columns["outputs"])) > 1
-    betas = {beta_name(b) for b in columns["beta"]}
-    if several and len(betas) > 1:
+    if several and len(distinct_betas(columns["beta"], MOST)) > 1:
         return _map(columns)
     return _points(ordered(columns, "outputs" if several else "beta"), over_outputs=several)
 
 
 def _map(columns: Columns) -> Figure:
     outputs = sorted(set(columns["outputs"]))
-    betas = sorted({b for b in columns["beta"] if not math.isnan(b)})
-    if any(math.isnan(b) for b in columns["beta"]):
-        betas.append(math.nan)
-    if len(betas) > MOST:
-        betas = [betas[round(k * (len(betas) - 1) / (MOST - 1))] for k in range(MOST)]
-    names = [beta_name(b) for b in betas]
-    cells = {
-        (n, beta_name(b)): (share, low, high)
-        for n, b, share, low, high in zip(
-            *(columns[c] for c in ("outputs", "beta", "share", "low", "high")), strict=True
-        )
-    }
-    wide = max(COLUMN - _LEFT - 0.06, 0.355 * len(betas))
+    betas = distinct_betas(columns["beta"], MOST)
+    rows = [number(n) for n in outputs]
+    left = 0.4 + 0.06 * max(len(row) for row in rows)
+    wide = max(COLUMN - left - 0.06, 0.355 * len(betas))
     tall = max(0.26 * len(outputs), 0.8)
-    figure = Figure((_LEFT + wide + 0.06, tall + 0.82))
-    axes = panel(figure, _LEFT, 0.42, wide, tall)
-    shown = [s for s, _, _ in cells.values() if not math.isnan(s)]
-    top = max([*shown, 1e-9])
-    for i, n in enumerate(outputs):
-        for j, b in enumerate(names):
-            _cell(axes, j, i, *cells.get((n, b), (math.nan,) * 3), top)
+    figure = Figure((left + wide + 0.06, tall + 0.82))
+    axes = panel(figure, left, 0.42, wide, tall)
+    top = max([0.5, *(share for share in columns["share"] if not math.isnan(share))])
+    for n, b, share, low, high in zip(
+        *(columns[c] for c in ("outputs", "beta", "share", "low", "high")), strict=True
+    ):
+        for x in (j for j, beta in enumerate(betas) if same_beta(b, beta)):
+            _cell(axes, x, outputs.index(n), share, low, high, top)
     axes.set_ylim(-0.5, len(outputs) - 0.5)
-    categories(axes, names)
-    axes.set_xlim(-0.5, len(names) - 0.5)
-    ticks(axes.yaxis, range(len(outputs)), [f"{n:.0f}" for n in outputs])
+    categories(axes, [beta_name(b, 3 if len(betas) <= 8 else 2) for b in betas])
+    axes.set_xlim(-0.5, len(betas) - 0.5)
+    ticks(axes.yaxis, range(len(outputs)), rows)
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.set_xlabel(BETA)
     axes.set_ylabel(OUTPUTS)
-    _heading(figure, "–: none does" if len(shown) < len(outputs) * len(names) else "")
+    _heading(figure, left, columns["share"])
     return figure
 
 
@@ -96,8 +95,8 @@ def _cell(axes: Axes, x: int, y: int, share: float, low: float, high: float, top
     )
 
 
-def _lightness(rgb: Any) -> float:
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+def _lightness(rgb: Sequence[float]) -> float:
+    linear: list[float] = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -115,14 +114,17 @@ def _points(columns: Columns, *, over_outputs: bool) -> Figure:
     figure = Figure((COLUMN, 2.5))
     axes = panel(figure, _LEFT, 0.42, COLUMN - _LEFT - 0.1, 1.68)
     if over_outputs:
-        names = [f"{n:.0f}" for n in columns["outputs"]]
+        names = [number(n) for n in columns["outputs"]]
         categories(axes, names)
         x = [float(i) for i in range(len(names))]
         axes.set_xlabel(OUTPUTS)
     else:
         x = beta_axis(axes, columns["beta"])
-    known = [not math.isnan(s) for s in columns["share"]]
-    columns = where({**columns, "x": x}, known)
+    _heading(figure, _LEFT, columns["share"])
+    for at, s in zip(x, columns["share"], strict=True):
+        if math.isnan(s):
+            axes.annotate("–", (at, 0), (0, 2.5), textcoords="offset points", ha="center")
+    columns = where({**columns, "x": x}, [not math.isnan(s) for s in columns["share"]])
     share, x = columns["share"], columns["x"]
     highest = max([*columns["high"], 1e-4])
     axes.vlines(
@@ -150,10 +152,10 @@ def _points(columns: Columns, *, over_outputs: bool) -> Figure:
     axes.grid(axis="y", color=FAINT, linewidth=0.4)
     axes.set_axisbelow(True)
     axes.set_ylabel("share of violations (%)")
-    _heading(figure)
     return figure
 
 
-def _heading(figure: Figure, remark: str = "") -> None:
+def _heading(figure: Figure, left: float, shares: Sequence[float]) -> None:
     text = "violations: instances with TPM(A) < α, in % of\nthose that meet Theorem 2's hypotheses"
-    note(figure, _LEFT, 0.06, f"{text} ({remark})" if remark else text, fontsize=7)
+    missing = any(math.isnan(share) for share in shares)
+    note(figure, left, 0.06, f"{text} (–: none does)" if missing else text, fontsize=7)

@@ -86,14 +86,14 @@ def from_dict(cls: type[Any], table: dict[str, Any], prefix: str = "") -> Any:
         ValueError: naming the key, and the nearest one that exists.
     """
     hints = get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = [f.name for f in dataclasses.fields(cls)]
     values = {}
     for key, value in table.items():
         name = prefix + key
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f" ({', '.join(sorted(known))})"
-            raise ValueError(f"unknown key {name}{hint}")
+            hint = f"did you mean {prefix}{near[0]}?" if near else "known: " + ", ".join(known)
+            raise ValueError(f"unknown key {name}; {hint}")
         values[key] = _convert(hints[key], value, name)
     return cls(**values)
 

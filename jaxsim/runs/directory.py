@@ -1,13 +1,13 @@
 """The run directory: every file appears whole or not at all, and `COMPLETE.json` comes last.
 
-    config.toml          what was run, fully resolved
-    provenance.json      versions, devices, command, times
-    summary.parquet      one row per value of β
-    instances.parquet    one row per instance and β (runs on a file only)
-    claims.json, claims.md, counterexample.json, solve.json
-    data/*.csv           what each figure shows
-    figures/*.pdf, .svg, .png
-    COMPLETE.json        names of all files, with their SHA-256
+config.toml          what was run, fully resolved
+provenance.json      versions, devices, command, times
+summary.parquet      one row per value of β
+instances.parquet    one row per instance and β (runs on a file only)
+claims.json, claims.md, counterexample.json, solve.json
+data/*.csv           what each figure shows
+figures/*.pdf, .svg, .png
+COMPLETE.json        names of all files, with their SHA-256
 """
 
 import csv
@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class RunDirectory:
         pyarrow.parquet.write_table(pyarrow.table(columns), sink)
         self.write(name, sink.getvalue().to_pybytes())
 
-    def write_csv(self, name: str, columns: dict[str, Sequence[Any]]) -> None:
+    def write_csv(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
         """Write the data of a figure; numbers with all their digits."""
         rows = zip(*columns.values(), strict=True)
         lines = [",".join(columns)] + [",".join(_cell(cell) for cell in row) for row in rows]

@@ -1,4 +1,4 @@
-"""The main job: stream instances, judge the paper's claims, confirm by descent, write it all down."""
+"""The main job: stream instances, judge the claims, confirm by descent, write it all down."""
 
 import math
 import platform
@@ -14,12 +14,12 @@ import numpy as np
 from scipy.special import betaincinv
 
 from jaxsim import claims, shrink, sources
+from jaxsim.descent import Status
 from jaxsim.engine.confirm import confirm, traces
 from jaxsim.engine.loop import default_tolerance
 from jaxsim.engine.stream import ClaimTotal, Totals, count_violations, quantiles, stream
 from jaxsim.engine.table import per_instance
 from jaxsim.engine.tiles import require_dtype
-from jaxsim.descent import Status
 from jaxsim.families.counter import key_words
 from jaxsim.runs.config import RunConfig, to_toml
 from jaxsim.runs.directory import RunDirectory
@@ -118,22 +118,32 @@ def run(
         directory.write_parquet("instances.parquet", columns)
         tables["prompts"] = {
             name: list(columns[name])
-            for name in ("name", "beta", "alpha", "log_odds_shift", "tpm_aligned",
-                         "hypotheses_hold", "conclusion")
+            for name in (
+                "name",
+                "beta",
+                "alpha",
+                "log_odds_shift",
+                "tpm_aligned",
+                "hypotheses_hold",
+                "conclusion",
+            )
         }
 
     results = Results(totals=totals, rows=rows, tables=tables, solve=solved)
     _write(directory, results)
     finished = time.time()
-    directory.write_json("provenance.json", {
-        "argv": argv,
-        "versions": versions(),
-        "devices": [str(d) for d in jax.devices()],
-        "started_unix": started,
-        "seconds_evaluating": evaluated - started,
-        "seconds": finished - started,
-        "instances_per_second": source.num / (evaluated - started),
-    })
+    directory.write_json(
+        "provenance.json",
+        {
+            "argv": argv,
+            "versions": versions(),
+            "devices": [str(d) for d in jax.devices()],
+            "started_unix": started,
+            "seconds_evaluating": evaluated - started,
+            "seconds": finished - started,
+            "instances_per_second": source.num / (evaluated - started),
+        },
+    )
     return results
 
 
@@ -177,9 +187,7 @@ def _sigmoid(x: Any) -> np.ndarray:
     return np.asarray(1 / (1 + np.exp(-np.asarray(x, np.float64))))
 
 
-def _violations(
-    config: RunConfig, totals: Totals, source: sources.Source
-) -> dict[str, list[Any]]:
+def _violations(config: RunConfig, totals: Totals, source: sources.Source) -> dict[str, list[Any]]:
     """Return the share of violations among instances that meet the hypotheses, by n and β."""
     cells = {source.outputs: (totals.sums.hypotheses_hold, totals.sums.violations)}
     if isinstance(source, sources.FamilySource) and config.atlas and config.betas:
@@ -241,9 +249,7 @@ def _convergence(config: RunConfig, source: sources.Source) -> dict[str, list[An
     return columns
 
 
-def _claim_rows(
-    totals: Totals, source: sources.Source, solved: dict[str, Any]
-) -> list[ClaimRow]:
+def _claim_rows(totals: Totals, source: sources.Source, solved: dict[str, Any]) -> list[ClaimRow]:
     by_descent = ClaimTotal()
     if solved["tried"]:
         by_descent = ClaimTotal(
@@ -259,18 +265,20 @@ def _claim_rows(
         example = None
         if found.failed and claim.name in shrink.DEPTHS and found.worst_index is not None:
             example = _shrunk(source, claim.name, found)
-        rows.append(ClaimRow(
-            name=claim.name,
-            statement=claim.statement,
-            verdict="FAILS" if found.failed else "HOLDS" if found.tried else "NOT TRIED",
-            tried=found.tried,
-            failed=found.failed,
-            undecided=found.undecided,
-            worst_margin=found.worst_margin if found.tried else None,
-            margin_is=claim.margin_is,
-            worst_case=_where(source, found),
-            counterexample=example,
-        ))
+        rows.append(
+            ClaimRow(
+                name=claim.name,
+                statement=claim.statement,
+                verdict="FAILS" if found.failed else "HOLDS" if found.tried else "NOT TRIED",
+                tried=found.tried,
+                failed=found.failed,
+                undecided=found.undecided,
+                worst_margin=found.worst_margin if found.tried else None,
+                margin_is=claim.margin_is,
+                worst_case=_where(source, found),
+                counterexample=example,
+            )
+        )
     return rows
 
 
@@ -309,19 +317,23 @@ def _write(directory: RunDirectory, results: Results) -> None:
     sums = results.totals.sums
     counted = np.maximum(sums.counted, 1)
     bands = results.tables["tpm_by_beta"]
-    directory.write_parquet("summary.parquet", {
-        "beta": list(results.totals.betas),
-        "instances": sums.counted,
-        "invalid": sums.invalid,
-        "hypotheses_hold": sums.hypotheses_hold,
-        "violations": sums.violations,
-        "undecided": sums.undecided,
-        "below_alpha": sums.below_alpha,
-        "alpha_mean": sums.alpha / counted,
-        "tpm_aligned_mean": sums.tpm_aligned / counted,
-        "kl_mean": sums.kl / counted,
-        "reward_gain_mean": sums.reward_gain / counted,
-    } | {f"tpm_aligned_{name}": bands[name] for name in LEVELS})
+    directory.write_parquet(
+        "summary.parquet",
+        {
+            "beta": list(results.totals.betas),
+            "instances": sums.counted,
+            "invalid": sums.invalid,
+            "hypotheses_hold": sums.hypotheses_hold,
+            "violations": sums.violations,
+            "undecided": sums.undecided,
+            "below_alpha": sums.below_alpha,
+            "alpha_mean": sums.alpha / counted,
+            "tpm_aligned_mean": sums.tpm_aligned / counted,
+            "kl_mean": sums.kl / counted,
+            "reward_gain_mean": sums.reward_gain / counted,
+        }
+        | {f"tpm_aligned_{name}": bands[name] for name in LEVELS},
+    )
     for name, columns in results.tables.items():
         directory.write_csv(name, columns)
     if results.solve["tried"]:
