@@ -1,8 +1,8 @@
 """Eq. (1) optimised by descent alone: an optax loop on the logits that never sees the closed form.
 
-Functions of one instance; `jaxsim.engine.loop` runs them over batches. The loop stops by a
-certificate that needs no p*: with h = r/β - log(π/p_ref) and X = h - E_π[h],
-KL(π‖p*) = log E_π[e^X] exactly, since p* ∝ π e^h.
+Functions of one instance, or of a tile with outputs on the first axis; `jaxsim.engine.loop` drives
+them. The loop stops by a certificate that needs no p*: with h = r/β - log(π/p_ref) and
+X = h - E_π[h], KL(π‖p*) = log E_π[e^X] exactly, since p* ∝ π e^h.
 """
 
 import enum
@@ -13,11 +13,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Float, Int8, Int32
 
 from jaxsim.instance import Instance
-from jaxsim.logspace import LOG_ZERO, bregman_kl_term, finite_log, kl_divergence, total
-from jaxsim.tilting import center, log_reference, optimal_policy
+from jaxsim.logspace import LOG_ZERO, bregman_kl_term, finite_log, kl_over_outputs, total
+from jaxsim.tilting import center, log_optimum, log_reference, optimum, tilt
 
 
 class Status(enum.IntEnum):
@@ -67,7 +68,7 @@ class Solution:
 class Problem:
     """What descent may see of an instance: the reference and the scaled rewards, not p*."""
 
-    log_p_ref: Array  # [outputs], zero mass made finite
+    log_p_ref: Array  # zero mass made finite
     t: Array  # (r - E_ref[r])/β
     support: Array
 
@@ -99,7 +100,7 @@ def problem(instance: Instance) -> Problem:
     base = center(instance)
     return Problem(
         log_p_ref=finite_log(log_reference(base)),
-        t=base.above_center / instance.beta,
+        t=base.above_center / instance.beta[None],
         support=base.support,
     )
 
@@ -107,21 +108,22 @@ def problem(instance: Instance) -> Problem:
 def init(
     task: Problem, optimizer: optax.GradientTransformation, tolerance: Float[Array, ""]
 ) -> State:
-    """Return the start, π = p_ref."""
+    """Return the start, π = p_ref, with an optimiser state for each instance."""
+    make = jax.vmap(optimizer.init, in_axes=-1, out_axes=-1)
     kl = _kl_without_optimum(task.log_p_ref, task)
     status = jnp.where(kl <= tolerance, Status.CONVERGED, Status.OUT_OF_STEPS)
     return State(
         logits=task.log_p_ref,
-        optimizer_state=optimizer.init(task.log_p_ref),
-        steps=jnp.int32(0),
+        optimizer_state=(make if kl.ndim else optimizer.init)(task.log_p_ref),
+        steps=jnp.zeros_like(kl, jnp.int32),
         status=status.astype(jnp.int8),
         kl=kl,
     )
 
 
-def loss(logits: Float[Array, " outputs"], task: Problem) -> Float[Array, ""]:
+def loss(logits: Float[Array, " outputs *tile"], task: Problem) -> Float[Array, " *tile"]:
     """Return -(L(π) - E_ref[r])/β for π = softmax(logits): eq. (1), in nats."""
-    log_policy = jax.nn.log_softmax(logits)
+    log_policy = jax.nn.log_softmax(logits, axis=0)
     advantage = jnp.where(task.support, task.t - (log_policy - task.log_p_ref), 0.0)
     return -total(jnp.exp(log_policy) * advantage)[0]
 
@@ -132,28 +134,38 @@ def advance(
     optimizer: optax.GradientTransformation,
     tolerance: Float[Array, ""],
 ) -> State:
-    """Take one optimiser step, unless the descent has ended."""
-    gradient_step = optax.with_extra_args_support(optimizer)
+    """Take one optimiser step on every instance whose descent has not ended."""
+    step = optax.with_extra_args_support(optimizer)
 
-    def value_of(logits: Array) -> Array:
-        return loss(logits, task)
+    def total_loss(logits: Array) -> tuple[Array, Array]:
+        values = loss(logits, task)
+        return jnp.sum(values), values
 
-    value, gradient = jax.value_and_grad(value_of)(state.logits)
-    updates, optimizer_state = gradient_step.update(
-        gradient,
-        state.optimizer_state,
-        state.logits,
-        value=value,
-        grad=gradient,
-        value_fn=value_of,
-    )
+    (_, value), gradient = jax.value_and_grad(total_loss, has_aux=True)(state.logits)
+
+    def update(
+        gradient: Array, optimizer_state: Any, logits: Array, value: Array, task: Problem
+    ) -> tuple[Array, Any]:
+        return step.update(
+            gradient,
+            optimizer_state,
+            logits,
+            value=value,
+            grad=gradient,
+            value_fn=lambda logits: loss(logits, task),
+        )
+
+    each = jax.vmap(update, in_axes=-1, out_axes=-1) if state.kl.ndim else update
+    updates, optimizer_state = each(gradient, state.optimizer_state, state.logits, value, task)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, state.logits)
     # Softmax ignores a common shift: keeping the largest logit at zero keeps the others precise.
     logits = state.logits + updates
-    logits = jnp.where(task.support, logits - jnp.max(logits), LOG_ZERO)
-    finite = jnp.all(jnp.isfinite(logits)) & jnp.all(jnp.isfinite(gradient))
+    logits = jnp.where(task.support, logits - jnp.max(logits, axis=0, keepdims=True), LOG_ZERO)
+    # Sums are finite just where all terms are, and plain reductions are fast.
+    finite = jnp.isfinite(jnp.sum(logits, axis=0) + jnp.sum(gradient, axis=0))
     kl = _kl_without_optimum(logits, task)
-    status = jnp.where(jnp.all(gradient == 0), Status.STUCK, Status.OUT_OF_STEPS)
+    flat = jnp.max(jnp.abs(gradient), axis=0) == 0
+    status = jnp.where(flat, Status.STUCK, Status.OUT_OF_STEPS)
     status = jnp.where(kl <= tolerance, Status.CONVERGED, status)
     stepped = State(
         logits=jnp.where(finite, logits, state.logits),
@@ -176,13 +188,14 @@ def certificate(state: State, instance: Instance, tolerance: Float[Array, ""]) -
     The policy's derivative is that of the optimum by the implicit function theorem: where
     r/β - log(π/p_ref) is constant, log π moves as log p_ref + r/β does, up to normalisation.
     """
-    task = problem(instance)
-    moving = jnp.where(task.support, task.log_p_ref + task.t, 0.0)
+    base = center(instance)
+    x = tilt(base, instance.beta)
+    moving = jnp.where(base.support, finite_log(log_reference(base)) + x.t, 0.0)
     log_policy = jax.nn.log_softmax(
-        jax.lax.stop_gradient(state.logits) + (moving - jax.lax.stop_gradient(moving))
+        lax.stop_gradient(state.logits) + (moving - lax.stop_gradient(moving)), axis=0
     )
-    log_policy = jnp.where(task.support, log_policy, -jnp.inf)
-    kl = kl_divergence(log_policy, optimal_policy(instance))
+    log_policy = jnp.where(base.support, log_policy, -jnp.inf)
+    kl = kl_over_outputs(log_policy, log_optimum(x, optimum(x)))
     refuted = (state.status == Status.CONVERGED) & ~(kl <= tolerance)
     return Solution(
         log_policy=log_policy,
@@ -193,14 +206,14 @@ def certificate(state: State, instance: Instance, tolerance: Float[Array, ""]) -
     )
 
 
-def _kl_without_optimum(logits: Float[Array, " outputs"], task: Problem) -> Float[Array, ""]:
+def _kl_without_optimum(logits: Float[Array, " outputs *tile"], task: Problem) -> Array:
     """Return KL(softmax(logits)‖p*) = log E_π[e^X], accurate to second order as it goes to zero.
 
     E[X] = 0, so E[e^X] = 1 + E[e^X - 1 - X]: a sum of Bregman terms, none of them negative.
     Infinite where e^X overflows, far from the optimum.
     """
-    log_policy = jax.nn.log_softmax(logits)
+    log_policy = jax.nn.log_softmax(logits, axis=0)
     policy = jnp.exp(log_policy)
     advantage = jnp.where(task.support, task.t - (log_policy - task.log_p_ref), 0.0)
-    x = jnp.where(task.support, advantage - total(policy * advantage)[0], 0.0)
+    x = jnp.where(task.support, advantage - total(policy * advantage), 0.0)
     return jnp.log1p(total(bregman_kl_term(-x, policy, jnp.exp(log_policy + x)))[0])

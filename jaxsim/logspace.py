@@ -119,10 +119,16 @@ def kl_divergence(
             f"kl_divergence: log_p has shape {log_p.shape} and log_q {log_q.shape}; "
             "they must be equal"
         )
+    return kl_over_outputs(jnp.moveaxis(log_p, -1, 0), jnp.moveaxis(log_q, -1, 0))
+
+
+def kl_over_outputs(
+    log_p: Float[Array, " outputs *tile"], log_q: Float[Array, " outputs *tile"]
+) -> Float[Array, " *tile"]:
+    """Return `kl_divergence` over the first axis, the kernels' layout."""
     in_q = log_q > LOG_ZERO
     in_p = log_p > LOG_ZERO
     u = jnp.where(in_p & in_q, log_p, 0.0) - jnp.where(in_p & in_q, log_q, 0.0)
     u = jnp.where(in_p | ~in_q, u, LOG_ZERO)
-    terms = bregman_kl_term(u, jnp.exp(log_p), jnp.exp(log_q))
-    summed = total(jnp.moveaxis(jnp.where(in_q, terms, 0.0), -1, 0))[0]
-    return jnp.where(jnp.any(in_p & ~in_q, axis=-1), jnp.inf, summed)
+    terms = jnp.where(in_q, bregman_kl_term(u, jnp.exp(log_p), jnp.exp(log_q)), 0.0)
+    return jnp.where(jnp.any(in_p & ~in_q, axis=0), jnp.inf, total(terms)[0])

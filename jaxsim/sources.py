@@ -277,19 +277,19 @@ def _texts(path: str, arrays: dict[str, np.ndarray], name: str, shape: tuple[int
 def sample(source: Source, num: int, betas: tuple[float, ...]) -> Instance:
     """Return the first instances of a source as a batch, instance i at β number i mod |betas|."""
     num = min(num, source.num)
-    tiles = [source.tile(start) for start in range(0, num, source.size)]
+    tiles = [jax.device_get(source.tile(start)) for start in range(0, num, source.size)]
     batch = jax.tree.map(
-        lambda *parts: jnp.concatenate([jnp.moveaxis(p, -1, 0) for p in parts])[:num], *tiles
+        lambda *parts: np.concatenate([np.moveaxis(p, -1, 0) for p in parts])[:num], *tiles
     )
-    if not betas:
-        return batch
-    return replace(batch, beta=jnp.asarray(np.resize(betas, num), batch.beta.dtype))
+    if betas:
+        batch = replace(batch, beta=np.resize(betas, num).astype(batch.beta.dtype))
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def one(source: Source, index: int, beta: float | None) -> Instance:
     """Return instance `index` of a source as it is in its tile, at another β if one is given."""
     start = index - index % source.size
-    single = jax.tree.map(lambda x: x[..., index - start], source.tile(start))
-    if beta is None:
-        return single
-    return replace(single, beta=jnp.asarray(beta, single.beta.dtype))
+    single = jax.tree.map(lambda x: x[..., index - start], jax.device_get(source.tile(start)))
+    if beta is not None:
+        single = replace(single, beta=np.asarray(beta, single.beta.dtype))
+    return jax.tree.map(jnp.asarray, single)

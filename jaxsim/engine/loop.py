@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Float
@@ -12,6 +13,7 @@ from jaxsim import descent
 from jaxsim.instance import Instance
 
 _TILE = 4096
+_CAUTION = 0.9  # of the tolerance: lest rounding have the closed form refute the stopping rule
 DEFAULT_OPTIMIZER = descent.default_optimizer()  # one object, so that compiled loops are reused
 
 
@@ -54,18 +56,34 @@ def solve(
     dtype = instance.reward.dtype
     target = jnp.asarray(tolerance or default_tolerance(dtype), dtype)
     if instance.reward.ndim == 1:
-        one = jax.tree.map(lambda x: x[None], instance)
-        solution = _solve_tile(one, target, optimizer, max_steps)
-        return jax.tree.map(lambda x: x[0], solution)
-    num = instance.reward.shape[0]
-    if num <= _TILE:
         return _solve_tile(instance, target, optimizer, max_steps)
-    parts = []
-    for at in range(0, num, _TILE):
-        rows = jnp.minimum(jnp.arange(at, at + _TILE), num - 1)
-        tile = jax.tree.map(lambda x, i=rows: x[i], instance)
-        parts.append(_solve_tile(tile, target, optimizer, max_steps))
-    return jax.tree.map(lambda *part: jnp.concatenate(part)[:num], *parts)
+    num = instance.reward.shape[0]
+    tiles = _tiles(instance, min(_TILE, num))
+    solved = [_solve_tile(tile, target, optimizer, max_steps) for tile in tiles]
+    return _joined(solved, num)
+
+
+@partial(jax.jit, static_argnums=1)
+def _tiles(instance: Instance, size: int) -> list[Instance]:
+    """Cut a batch into tiles [outputs, size], the last filled up with the last instance."""
+    num = instance.reward.shape[0]
+    fill = -num % size
+
+    def cut(x: Array) -> list[Array]:
+        padded = jnp.pad(x, [(0, fill)] + [(0, 0)] * (x.ndim - 1), mode="edge")
+        return [jnp.moveaxis(part, 0, -1) for part in jnp.split(padded, (num + fill) // size)]
+
+    leaves, structure = jax.tree.flatten(instance)
+    columns = zip(*(cut(leaf) for leaf in leaves), strict=True)
+    return [jax.tree.unflatten(structure, column) for column in columns]
+
+
+@partial(jax.jit, static_argnums=1)
+def _joined(solved: list[descent.Solution], num: int) -> descent.Solution:
+    """Put tiles of solutions together as a batch of `num`."""
+    return jax.tree.map(
+        lambda *parts: jnp.concatenate([jnp.moveaxis(p, -1, 0) for p in parts])[:num], *solved
+    )
 
 
 def default_tolerance(dtype: jnp.dtype) -> float:
@@ -77,31 +95,40 @@ def default_tolerance(dtype: jnp.dtype) -> float:
 def _solve_tile(
     instance: Instance, tolerance: Array, optimizer: optax.GradientTransformation, max_steps: int
 ) -> descent.Solution:
-    """Run all instances of a batch until each has ended; those that have are left as they are."""
-    tasks = jax.vmap(descent.problem)(lax.stop_gradient(instance))
-    states = jax.vmap(lambda task: descent.init(task, optimizer, tolerance))(tasks)
+    """Run a tile until each instance has ended; those that have are left as they are."""
+    task = descent.problem(lax.stop_gradient(instance))
+    target = _CAUTION * tolerance
 
-    def unfinished(states: descent.State) -> Array:
-        return jnp.any(descent.running(states) & (states.steps < max_steps))
+    def unfinished(state: descent.State) -> Array:
+        return jnp.any(descent.running(state) & (state.steps < max_steps))
 
-    def step(states: descent.State) -> descent.State:
-        return jax.vmap(lambda s, t: descent.advance(s, t, optimizer, tolerance))(states, tasks)
+    def step(state: descent.State) -> descent.State:
+        return descent.advance(state, task, optimizer, target)
 
-    states = lax.while_loop(unfinished, step, states)
-    return jax.vmap(lambda s, i: descent.certificate(s, i, tolerance))(states, instance)
+    state = lax.while_loop(unfinished, step, descent.init(task, optimizer, target))
+    return descent.certificate(state, instance, tolerance)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
 def descent_trace(
     instance: Instance, optimizer: optax.GradientTransformation, steps: int
-) -> Float[Array, " steps instances"]:
-    """Record KL(π‖p*) after each of `steps` steps on a batch, whether or not it has converged."""
-    tasks = jax.vmap(descent.problem)(instance)
+) -> Float[Array, "steps instances"]:
+    """Record KL(π‖p*) after each of `steps` steps on a tile, whether or not it has converged."""
+    task = descent.problem(instance)
     never = jnp.asarray(-1.0, instance.reward.dtype)
-    states = jax.vmap(lambda task: descent.init(task, optimizer, never))(tasks)
 
-    def step(states: descent.State, _: None) -> tuple[descent.State, Array]:
-        states = jax.vmap(lambda s, t: descent.advance(s, t, optimizer, never))(states, tasks)
-        return states, states.kl
+    def step(state: descent.State, _: None) -> tuple[descent.State, Array]:
+        state = descent.advance(state, task, optimizer, never)
+        return state, state.kl
 
-    return lax.scan(step, states, None, length=steps)[1]
+    return lax.scan(step, descent.init(task, optimizer, never), None, length=steps)[1]
+
+
+def traces(instance: Instance, steps: int) -> dict[str, np.ndarray]:
+    """Record descent on a batch by the default optimiser and by Adam; arrays [steps, instances]."""
+    tile = _tiles(instance, instance.reward.shape[0])[0]
+    optimizers = {"Rprop (default)": DEFAULT_OPTIMIZER, "Adam, rate 0.1": optax.adam(0.1)}
+    return {
+        name: np.asarray(descent_trace(tile, optimizer, steps))
+        for name, optimizer in optimizers.items()
+    }

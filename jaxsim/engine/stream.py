@@ -12,15 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array
 
 from jaxsim import claims
 from jaxsim.instance import Instance
 from jaxsim.logspace import total
 from jaxsim.sources import Source
-from jaxsim.theorem import Outcome, covariances, verdict
-from jaxsim.tilting import center, tilt
+from jaxsim.theorem import Covariances, Outcome, covariances, verdict
+from jaxsim.tilting import Centered, center, tilt
 
 # Histogram of log-odds: 800 bins of 0.05 from -20 to 20, and one for all beyond on either side.
 BIN_EDGES = np.linspace(-20.0, 20.0, 801)
@@ -95,107 +94,112 @@ def stream(
         audit: how many instances also undergo the audit, the claims that are identities.
         progress: called with the number of instances done.
     """
-    grid = np.asarray(betas, np.float64)
     screened = tuple(c for c in claims.CLAIMS if c.judge and c.everywhere)
     audited = tuple(c for c in claims.CLAIMS if c.judge and not c.everywhere)
-    sums: Sums | None = None
+    columns = betas or (None,)
+    sums: list[Sums | None] = [None for _ in columns]
     totals = {c.name: ClaimTotal() for c in claims.CLAIMS if c.judge}
 
-    def collect(start: int, pending: Any) -> None:
-        nonlocal sums
+    def collect(start: int, column: int, pending: Any) -> None:
         tile_sums, tallies = jax.device_get(pending)
         if tile_sums is not None:
-            counts = replace(
-                tile_sums,
-                logit_tpm=_histogram(tile_sums.logit_tpm),
-                log_odds_shift=_histogram(tile_sums.log_odds_shift),
-            )
-            wide = jax.tree.map(_widen, counts)
-            sums = wide if sums is None else jax.tree.map(np.add, sums, wide)
+            sums[column] = _plus(sums[column], tile_sums)
         for name, tally in tallies.items():
-            for at in range(len(tally.tried)):
-                totals[name] = totals[name].plus(_claim_total(tally, at, start, betas))
+            totals[name] = totals[name].plus(_claim_total(tally, start, columns[column]))
 
-    waiting: list[tuple[int, Any]] = []
+    waiting: list[tuple[int, int, Any]] = []
     for start in range(0, source.num, source.size):
         tile, rows = source.tile(start), min(source.size, source.num - start)
-        waiting.append((start, _judge(screened, tile, jnp.int32(rows), grid, with_sums=True)))
-        if start < audit:
-            rows = min(rows, audit - start)
-            waiting.append((start, _judge(audited, tile, jnp.int32(rows), grid, with_sums=False)))
-        while len(waiting) > 2:  # one tile computes while the host adds up the one before
+        base, hypotheses = _prepare(tile)
+        for column, beta in enumerate(columns):
+            at = tile.beta if beta is None else jnp.full_like(tile.beta, beta)
+            real = np.arange(source.size) < rows
+            pending = _judge(screened, base, hypotheses, at, real, with_sums=True)
+            waiting.append((start, column, pending))
+            if start < audit:
+                real = np.arange(source.size) < min(rows, audit - start)
+                pending = _judge(audited, base, hypotheses, at, real, with_sums=False)
+                waiting.append((start, column, pending))
+        while len(waiting) > 2 * len(columns):  # the device works while the host adds up
             collect(*waiting.pop(0))
         progress(min(start + source.size, source.num))
     for item in waiting:
         collect(*item)
-    assert sums is not None
-    return Totals(betas=betas or (float("nan"),), sums=sums, claims=totals)
+    filled = [x for x in sums if x is not None]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *filled)
+    shown = tuple(float("nan") if beta is None else beta for beta in columns)
+    return Totals(betas=shown, sums=stacked, claims=totals)
+
+
+def _plus(so_far: Sums | None, tile: Sums) -> Sums:
+    """Add a tile's sums in 64 bits, its bins as histograms."""
+    counts = replace(
+        tile,
+        logit_tpm=_histogram(tile.logit_tpm),
+        log_odds_shift=_histogram(tile.log_odds_shift),
+    )
+    wide = jax.tree.map(_widen, counts)
+    return wide if so_far is None else jax.tree.map(np.add, so_far, wide)
 
 
 def _widen(x: np.ndarray) -> np.ndarray:
     return x.astype(np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)
 
 
-def _claim_total(tally: Any, at: int, start: int, betas: tuple[float, ...]) -> ClaimTotal:
-    tried = int(tally.tried[at])
-    if tried == 0:
+def _claim_total(tally: claims.Tally, start: int, beta: float | None) -> ClaimTotal:
+    if not tally.tried:
         return ClaimTotal()
     return ClaimTotal(
-        tried=tried,
-        failed=int(tally.failed[at]),
-        undecided=int(tally.undecided[at]),
-        worst_margin=float(tally.worst_margin[at]),
-        worst_index=start + int(tally.worst_row[at]),
-        worst_beta=betas[at] if betas else None,
+        tried=int(tally.tried),
+        failed=int(tally.failed),
+        undecided=int(tally.undecided),
+        worst_margin=float(tally.worst_margin),
+        worst_index=start + int(tally.worst_row),
+        worst_beta=beta,
     )
+
+
+@jax.jit
+def _prepare(instance: Instance) -> tuple[Centered, Covariances]:
+    """Do once per tile what does not depend on β."""
+    base = center(instance)
+    return base, covariances(base)
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="with_sums")
 def _judge(
     judged: tuple[claims.Claim, ...],
-    instance: Instance,
-    rows: Array,
-    grid: Array,
+    base: Centered,
+    hypotheses: Covariances,
+    beta: Array,
+    real: Array,
     *,
     with_sums: bool,
 ) -> tuple[Sums | None, dict[str, claims.Tally]]:
-    """Judge a tile at each β in turn."""
-    base = center(instance)
-    hypotheses = covariances(base)
-    real = jnp.arange(instance.beta.shape[-1]) < rows
-
-    def at(beta: Array) -> tuple[Sums | None, dict[str, claims.Tally]]:
-        case = claims.case(base, hypotheses, jnp.broadcast_to(beta, instance.beta.shape), real)
-        tallies = {c.name: claims.tally(c.judge(case)) for c in judged if c.judge}
-        return (_sums(case, real) if with_sums else None), tallies
-
-    if grid.shape[0] == 0:
-        return jax.tree.map(lambda x: x[None], at(instance.beta))
-    return lax.map(at, grid.astype(instance.beta.dtype))
+    """Judge a tile at one β."""
+    case = claims.case(base, hypotheses, beta, real)
+    tallies = {c.name: claims.tally(c.judge(case)) for c in judged if c.judge}
+    return (_sums(case, real) if with_sums else None), tallies
 
 
 def count_violations(source: Source, betas: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return, by β, how many instances meet Theorem 2's hypotheses and how many of them fail it."""
-    grid = np.asarray(betas, np.float64)
-    counts = np.zeros((2, max(1, len(betas))), np.int64)
+    counts = np.zeros((len(betas), 2), np.int64)
     for start in range(0, source.num, source.size):
-        rows = jnp.int32(min(source.size, source.num - start))
-        counts += np.asarray(_violations(source.tile(start), rows, grid)).T
-    return counts[0], counts[1]
+        tile = source.tile(start)
+        base, hypotheses = _prepare(tile)
+        real = np.arange(source.size) < source.num - start
+        pending = [
+            _violations(base, hypotheses, jnp.full_like(tile.beta, beta), real) for beta in betas
+        ]
+        counts += np.stack(jax.device_get(pending))
+    return counts[:, 0], counts[:, 1]
 
 
 @jax.jit
-def _violations(instance: Instance, rows: Array, grid: Array) -> Array:
-    base = center(instance)
-    hypotheses = covariances(base)
-    real = jnp.arange(instance.beta.shape[-1]) < rows
-
-    def at(beta: Array) -> Array:
-        x = tilt(base, jnp.full_like(instance.beta, beta))
-        judged = verdict(hypotheses, x)
-        return jnp.stack([jnp.sum(judged.hypotheses_hold & real), jnp.sum(judged.violated & real)])
-
-    return lax.map(at, grid.astype(instance.beta.dtype))
+def _violations(base: Centered, hypotheses: Covariances, beta: Array, real: Array) -> Array:
+    judged = verdict(hypotheses, tilt(base, beta))
+    return jnp.stack([jnp.sum(judged.hypotheses_hold & real), jnp.sum(judged.violated & real)])
 
 
 def _sums(case: claims.Case, real: Array) -> Sums:
@@ -238,7 +242,7 @@ def _bin(x: Array, counted: Array) -> Array:
 
 def _histogram(place: np.ndarray) -> np.ndarray:
     """Count bins on the host: XLA on CPU takes a microsecond for each scattered increment."""
-    return np.stack([np.bincount(row, minlength=_BINS + 1)[:_BINS] for row in place])
+    return np.bincount(place, minlength=_BINS + 1)[:_BINS]
 
 
 def quantiles(histogram: np.ndarray, levels: tuple[float, ...]) -> np.ndarray:

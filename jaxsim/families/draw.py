@@ -76,7 +76,7 @@ def _zipf(
     rank = jnp.arange(1, n + 1, dtype=dtype).reshape((n,) + (1,) * stream.index.ndim)
     log_ref = samplers.log_normalise(-spec.zipf_exponent * jnp.log(rank))
     score = spec.classifier_mean + spec.classifier_scale * samplers.normal(
-        stream, _MEMBERS, n, dtype
+        stream.words(_MEMBERS, n), dtype
     )
     log_joint_a = log_ref - jnp.logaddexp(0.0, -score)
     log_joint_u = log_ref - jnp.logaddexp(0.0, score)
@@ -88,7 +88,7 @@ def _zipf(
 def _reward(spec: Rewards, n: int, stream: Stream, log_p_a: Array, log_p_u: Array) -> Array:
     dtype = log_p_a.dtype
     if spec.kind == "gaussian":
-        r = samplers.normal(stream, _REWARD, n, dtype)
+        r = samplers.normal(stream.words(_REWARD, n), dtype)
     elif spec.kind == "student_t":
         r = samplers.student_t(stream, _REWARD, n, spec.degrees_of_freedom, dtype)
     elif spec.kind == "bounded":
@@ -98,7 +98,7 @@ def _reward(spec: Rewards, n: int, stream: Stream, log_p_a: Array, log_p_u: Arra
         r = (u < spec.probability).astype(dtype)
     elif spec.kind == "correlated":
         log_ratio = jnp.where(log_p_a > LOG_ZERO, log_p_a - log_p_u, 0.0)
-        noise = samplers.normal(stream, _REWARD, n, dtype)
+        noise = samplers.normal(stream.words(_REWARD, n), dtype)
         rest = (1 - spec.strength**2) ** 0.5
         r = spec.strength * samplers.standardise(log_ratio) + rest * noise
     else:  # bradley_terry: strengths are exponential variables, utilities their logs

@@ -83,29 +83,16 @@ def _horner(coefficients: tuple[float, ...], x: Array) -> Array:
     return value
 
 
-def normals(words: tuple[Array, Array], dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Return standard normals by inversion: two independent ones in float32, one, twice, else.
+def normal(words: tuple[Array, Array], dtype: jnp.dtype) -> Array:
+    """Return standard normals by inversion, one per block: float32 uses the first word alone.
 
     The word's top bit is the sign; the others, folded towards zero, are the tail's probability.
     """
-    negative = [word >= jnp.uint32(1 << 31) for word in words]
-    folded = [jnp.where(n, ~word, word) for n, word in zip(negative, words, strict=True)]
+    negative = words[0] >= jnp.uint32(1 << 31)
+    high, low = (jnp.where(negative, ~word, word).astype(dtype) for word in words)
     if dtype == jnp.float32:
-        tails = [(word.astype(dtype) + 0.5) * jnp.float32(2.0**-32) for word in folded]
-        first, second = (inverse_normal(t, n) for t, n in zip(tails, negative, strict=True))
-        return first, second
-    low = jnp.where(negative[0], ~words[1], words[1]).astype(dtype)
-    tail = (folded[0].astype(dtype) + (low + 0.5) * 2.0**-32) * 2.0**-32
-    z = inverse_normal(tail, negative[0])
-    return z, z
-
-
-def normal(stream: Stream, purpose: int, count: int, dtype: jnp.dtype) -> Array:
-    """Return `count` standard normals, [count] or [count, instances]."""
-    if dtype != jnp.float32:
-        return normals(stream.words(purpose, count), dtype)[0]
-    first, second = normals(stream.words(purpose, -(-count // 2)), dtype)
-    return jnp.concatenate([first, second])[:count]
+        return inverse_normal((high + 0.5) * jnp.float32(2.0**-32), negative)
+    return inverse_normal((high + (low + 0.5) * 2.0**-32) * 2.0**-32, negative)
 
 
 def log_exponential(u: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
@@ -128,7 +115,7 @@ def log_gamma_variate(
 
     def attempt(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         number, log_g, accepted = state
-        x, _ = normals(stream.words(purpose, count, number), dtype)
+        x = normal(stream.words(purpose, count, number), dtype)
         u, _ = uniform(stream.words(purpose + 1, count, number), dtype)
         v = (1 + c * x) ** 3
         log_v = jnp.log(jnp.where(v > 0, v, 1.0))
@@ -170,6 +157,6 @@ def logit(u: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
 
 def student_t(stream: Stream, purpose: int, count: int, degrees: float, dtype: jnp.dtype) -> Array:
     """Return Student's t as a normal over the root of a gamma variable."""
-    z = normal(stream, purpose, count, dtype)
+    z = normal(stream.words(purpose, count), dtype)
     log_g = log_gamma_variate(stream, purpose + 1, count, degrees / 2, dtype)
     return z * jnp.exp(-0.5 * (log_g - jnp.log(jnp.asarray(degrees / 2, dtype))))

@@ -56,9 +56,9 @@ def counterexample(columns: Columns, facts: Mapping[str, Any]) -> Figure:
             covariance_unaligned, name.
     """
     rows = _rows(columns, facts["alpha"])
-    story = _story(facts)
+    title = name(facts.get("name") or "", 100)
     tall = max(0.36 * len(rows), 0.9)
-    top = 0.16 * len(story) + 0.36
+    top = 0.84 if title else 0.68
     figure = Figure((PAGE, top + tall + _BOTTOM))
     first = 0.16 + 0.062 * max(len(part) for row in rows for part in row.label.split("\n"))
     second = first + _REWARD + _GAP
@@ -84,8 +84,10 @@ def counterexample(columns: Columns, facts: Mapping[str, Any]) -> Figure:
             transform=axes.get_yaxis_transform(),
         )
     reward.set_yticklabels([row.label for row in rows], linespacing=1.0)
-    for line, text in enumerate(story):
-        note(figure, 0.06, 0.06 + 0.16 * line, text, parse_math="$p_A$" in text and text[0] != "“")
+    if title:
+        note(figure, 0.06, 0.06, f"“{title}”")
+    for line, text in enumerate(_story(facts)):
+        note(figure, 0.06, top - 0.62 + 0.16 * line, text, parse_math=True)
     full = [
         Patch(facecolor=ALIGNED, label="A, aligned"),
         Patch(facecolor=UNALIGNED, label="U, unaligned"),
@@ -141,24 +143,23 @@ def _rows(columns: Columns, alpha: float) -> list[_Row]:
     return rows
 
 
-def _story(facts: Mapping[str, Any]) -> list[str]:
-    """Say in words what the figure shows."""
+def _story(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """Say in words what the figure shows, in two lines."""
     alpha, tpm, beta = facts["alpha"], facts["tpm_aligned"], facts["beta"]
     shift = facts["log_odds_shift"]
     aligned, unaligned = facts["covariance_aligned"], facts["covariance_unaligned"]
-    lines = [f"“{name(facts['name'], 100)}”"] if facts.get("name") else []
-    lines.append(
+    result = (
         f"Probability owed to component A: α = {number(alpha)} before tuning, TPM(A) = "
         f"{number(tpm)} after (β = {number(beta)}; log-odds shift Δ = {number(shift)} nats)."
     )
     if aligned > 0 > unaligned:
-        lines.append(
+        premise = (
             f"Cov(r, $p_A$) = {number(aligned)} > 0 > Cov(r, $p_U$) = {number(unaligned)}, "
             "the hypotheses of Theorem 2, which promises TPM(A) ≥ α."
         )
     else:
-        lines.append(f"Cov(r, $p_A$) = {number(aligned)} and Cov(r, $p_U$) = {number(unaligned)}.")
-    return lines
+        premise = f"Cov(r, $p_A$) = {number(aligned)}, Cov(r, $p_U$) = {number(unaligned)}."
+    return result, premise
 
 
 def _draw_rewards(axes: Axes, rows: Sequence[_Row]) -> None:

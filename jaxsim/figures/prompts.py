@@ -90,21 +90,23 @@ def prompts(columns: Columns) -> Figure:
 
 def _lines(columns: Columns, x: Sequence[float]) -> list[_Prompt]:
     """Gather the rows of each prompt; a name that comes again at the same β is another prompt."""
-    seen: Counter[tuple[object, float]] = Counter()
-    gathered: dict[tuple[object, int], list[int]] = {}
-    for i, (label, at) in enumerate(zip(columns["name"], x, strict=True)):
+    seen: Counter[tuple[str, float]] = Counter()
+    gathered: dict[tuple[str, int], list[int]] = {}
+    for i, (label, at) in enumerate(zip(map(str, columns["name"]), x, strict=True)):
         if math.isfinite(columns["log_odds_shift"][i]):
             gathered.setdefault((label, seen[label, at]), []).append(i)
         seen[label, at] += 1
     lines = []
-    for (label, _), rows in gathered.items():
+    for rows in gathered.values():
         rows.sort(key=lambda i: x[i])
         assumed = [columns["hypotheses_hold"][i] == 1 for i in rows]
         fails = [
             a and columns["conclusion"][i] == _FAILS for i, a in zip(rows, assumed, strict=True)
         ]
         shift = [columns["log_odds_shift"][i] for i in rows]
-        lines.append(_Prompt(label, [x[i] for i in rows], shift, any(assumed), any(fails)))
+        lines.append(
+            _Prompt(columns["name"][rows[0]], [x[i] for i in rows], shift, any(assumed), any(fails))
+        )
     return lines
 
 
@@ -128,7 +130,7 @@ def _draw(
     x = [v for line in lines for v in (*line.x, math.nan)]
     y = [v for line in lines for v in (*line.shift, math.nan)]
     if lines and all(len(line.x) == 1 for line in lines):
-        kwargs |= {"linestyle": "", "marker": marker, "markersize": 4, "markeredgewidth": 0}
+        kwargs = {"linestyle": "", "marker": marker, "markersize": 4, "markeredgewidth": 0}
     crowded = min(1.0, (40 / max(len(lines), 1)) ** 0.5)
     axes.plot(x, y, color=color, linewidth=crowded * width, **kwargs)
     label = f"{label} ({len(lines)})"

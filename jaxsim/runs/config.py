@@ -33,11 +33,11 @@ class RunConfig:
     reward: str = "reward"
     """Which array of the input is the reward."""
     family: Family = field(default_factory=Family)
-    audit: int = 100_000
+    audit: int = 20_000
     """How many of the instances also undergo the audit of the claims that are identities."""
     confirm: int = 10_000
     """How many instances are solved by gradient descent, to confirm the closed form."""
-    atlas: int = 40_000
+    atlas: int = 20_000
     """Instances for each number of outputs in the map of violations; 0 leaves it out."""
     atlas_outputs: tuple[int, ...] = (2, 3, 8, 32, 128)
     """Numbers of outputs in that map."""

@@ -2,9 +2,9 @@
 
 import math
 import platform
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
@@ -15,17 +15,18 @@ from scipy.special import betaincinv
 
 from jaxsim import claims, shrink, sources
 from jaxsim.descent import Status
-from jaxsim.engine.confirm import confirm, traces
-from jaxsim.engine.loop import default_tolerance
+from jaxsim.engine.loop import default_tolerance, solve, traces
 from jaxsim.engine.stream import ClaimTotal, Totals, count_violations, quantiles, stream
 from jaxsim.engine.table import per_instance
 from jaxsim.engine.tiles import require_dtype
 from jaxsim.families.counter import key_words
+from jaxsim.families.spec import Scalar
+from jaxsim.instance import Instance
 from jaxsim.runs.config import RunConfig, to_toml
 from jaxsim.runs.directory import RunDirectory
 
 LEVELS = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
-_TRACED = 1024  # instances whose descent is drawn
+_TRACED = 256  # instances whose descent is drawn
 _TRACE_STEPS = 120
 
 
@@ -72,8 +73,11 @@ def open_source(config: RunConfig) -> sources.Source:
     require_dtype(config.family.dtype)
     if config.input:
         return sources.read(config.input, reward=config.reward, dtype=config.family.dtype)
+    family = config.family
+    if config.betas:  # the family's own β is never used: spare its draw
+        family = replace(family, beta=Scalar(kind="fixed", value=config.betas[0]))
     words = key_words(jax.random.key(config.seed))
-    return sources.FamilySource(family=config.family, words=words, num=config.instances)
+    return sources.FamilySource(family=family, words=words, num=config.instances)
 
 
 def run(
@@ -95,18 +99,25 @@ def run(
     report = report or Report()
     started = time.time()
     directory.write("config.toml", to_toml(config))
-    report.stage("evaluating", source.num)
-    totals = stream(source, config.betas, audit=config.audit, progress=report.progress)
-    evaluated = time.time()
-
+    pool = ThreadPoolExecutor(max_workers=1)
+    try:
+        # Beside the stream, since compiling these takes longer than running them.
+        confirming = pool.submit(_confirmation, config, source)
+        mapping = pool.submit(_atlas, config, source)
+        report.stage("evaluating", source.num)
+        totals = stream(source, config.betas, audit=config.audit, progress=report.progress)
+        evaluated = time.time()
+        report.stage("confirming by descent, mapping violations", 0)
+        solved, convergence = confirming.result()
+        cells = mapping.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     tables: dict[str, dict[str, list[Any]]] = {}
     tables["tpm_by_beta"], tables["alpha_to_tpm"] = _bands(totals)
-    report.stage("mapping violations", 0)
-    tables["violations"] = _violations(config, totals, source)
-    report.stage("confirming by descent", 0)
-    solved = _solve(config, source)
-    if config.confirm:
-        tables["convergence"] = _convergence(config, source)
+    cells[source.outputs] = totals.sums.hypotheses_hold, totals.sums.violations
+    tables["violations"] = _violations(totals.betas, cells)
+    if convergence:
+        tables["convergence"] = convergence
     report.stage("shrinking counterexamples", 0)
     rows = _claim_rows(totals, source, solved)
     worst = next((r for r in rows if r.name == "theorem_2" and r.counterexample), None)
@@ -187,21 +198,29 @@ def _sigmoid(x: Any) -> np.ndarray:
     return np.asarray(1 / (1 + np.exp(-np.asarray(x, np.float64))))
 
 
-def _violations(config: RunConfig, totals: Totals, source: sources.Source) -> dict[str, list[Any]]:
+def _atlas(config: RunConfig, source: sources.Source) -> dict[int, tuple[Any, Any]]:
+    """Count violations, by β, for families alike but for the number of outputs."""
+    if not (isinstance(source, sources.FamilySource) and config.atlas and config.betas):
+        return {}
+    cells = {}
+    for outputs in config.atlas_outputs:
+        if outputs != source.outputs:
+            family = replace(source.family, outputs=outputs)
+            part = replace(source, family=family, num=config.atlas)
+            cells[outputs] = count_violations(part, config.betas)
+    return cells
+
+
+def _violations(
+    betas: tuple[float, ...], cells: dict[int, tuple[Any, Any]]
+) -> dict[str, list[Any]]:
     """Return the share of violations among instances that meet the hypotheses, by n and β."""
-    cells = {source.outputs: (totals.sums.hypotheses_hold, totals.sums.violations)}
-    if isinstance(source, sources.FamilySource) and config.atlas and config.betas:
-        for outputs in config.atlas_outputs:
-            if outputs not in cells:
-                family = replace(config.family, outputs=outputs)
-                part = replace(source, family=family, num=config.atlas)
-                cells[outputs] = count_violations(part, config.betas)
     columns: dict[str, list[Any]] = {
         name: []
         for name in ("outputs", "beta", "hypotheses_hold", "violations", "share", "low", "high")
     }
     for outputs, (hold, violated) in sorted(cells.items()):
-        for beta, n, k in zip(totals.betas, hold.tolist(), violated.tolist(), strict=True):
+        for beta, n, k in zip(betas, hold.tolist(), violated.tolist(), strict=True):
             low, high = clopper_pearson(k, n)
             row = (outputs, beta, n, k, k / n if n else float("nan"), low, high)
             for name, value in zip(columns, row, strict=True):
@@ -216,31 +235,37 @@ def clopper_pearson(successes: int, trials: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _solve(config: RunConfig, source: sources.Source) -> dict[str, Any]:
+def _confirmation(
+    config: RunConfig, source: sources.Source
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Solve a sample by descent; return how that went, and quantiles of its course."""
     tolerance = default_tolerance(np.dtype(config.family.dtype))
     if not config.confirm:
-        return {"tried": 0, "tolerance": tolerance}
-    solution, betas = confirm(source, config.confirm, config.betas)
+        return {"tried": 0, "tolerance": tolerance}, {}
+    batch = sources.sample(source, config.confirm, config.betas)
+    solution = jax.device_get(solve(batch))
     worst = int(np.argmax(solution.kl))
-    return {
+    solved = {
         "tried": int(solution.kl.size),
         "converged": int(np.sum(solution.status == Status.CONVERGED)),
         "status": {s.name.lower(): int(np.sum(solution.status == s)) for s in Status},
         "tolerance": tolerance,
         "worst_kl": float(solution.kl[worst]),
         "worst_index": worst,
-        "worst_beta": float(betas[worst]),
+        "worst_beta": float(batch.beta[worst]),
         "median_steps": float(np.median(solution.steps)),
         "most_steps": int(solution.steps.max()),
     }
+    return solved, _convergence(batch)
 
 
-def _convergence(config: RunConfig, source: sources.Source) -> dict[str, list[Any]]:
+def _convergence(batch: Instance) -> dict[str, list[Any]]:
+    """Return quantiles of KL(π‖p*) by optimiser and step, on the first instances of a batch."""
     columns: dict[str, list[Any]] = {
         name: [] for name in ("optimizer", "step", "q05", "q50", "q95", "worst")
     }
-    num = min(config.confirm, _TRACED)
-    for name, kl in traces(source, config.betas, num, _TRACE_STEPS).items():
+    traced = jax.tree.map(lambda x: np.asarray(x)[:_TRACED], batch)
+    for name, kl in traces(traced, _TRACE_STEPS).items():
         for step, row in enumerate(kl, start=1):
             q05, q50, q95 = np.quantile(row, [0.05, 0.5, 0.95], method="lower")
             values = (name, step, float(q05), float(q50), float(q95), float(row.max()))
@@ -380,8 +405,3 @@ def counterexample_lines(statement: str, example: dict[str, Any]) -> list[str]:
         cells = " | ".join(f"{example[c][at]:.4g}" for c in columns)
         lines.append(f"| {name.replace('|', '/')} | {cells} |")
     return lines
-
-
-def command() -> list[str]:
-    """Return the command line for the record, without the path of the program."""
-    return ["jaxsim", *sys.argv[1:]]
