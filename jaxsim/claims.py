@@ -101,8 +101,9 @@ def case(
 
 
 def tally(judgement: Judgement) -> Tally:
-    """Sum a judgement over its tile."""
-    margin = jnp.where(judgement.applies, judgement.margin, jnp.inf)
+    """Sum a judgement over its tile; a margin that is nan is the worst there is."""
+    margin = jnp.where(jnp.isnan(judgement.margin), -jnp.inf, judgement.margin)
+    margin = jnp.where(judgement.applies, margin, jnp.inf)
     worst = jnp.min(margin)
     return Tally(
         tried=jnp.sum(judgement.applies),
@@ -148,18 +149,19 @@ def _optimum_at(c: Case, factor: float) -> Array:
 
 
 def _closed_form(c: Case) -> Judgement:
-    """L(p*) by its definition, against the reference and the optima at 2β and β/2."""
-    best = objective_at(c.tilt.base, c.tilt.beta, log_optimum(c.tilt, c.optimum))[0]
-    rivals = [log_reference(c.tilt.base), _optimum_at(c, 0.5), _optimum_at(c, 2.0)]
+    """L(p*) by its definition, against the reference and the optima at 2β and β/2.
+
+    And p* is stationary: r/β - log(p*/p_ref) is log Z on every output, by eq. (1)'s gradient.
+    """
+    log_p, log_ref = log_optimum(c.tilt, c.optimum), log_reference(c.tilt.base)
+    best = objective_at(c.tilt.base, c.tilt.beta, log_p)[0]
+    rivals = [log_ref, _optimum_at(c, 0.5), _optimum_at(c, 2.0)]
     values = [objective_at(c.tilt.base, c.tilt.beta, q)[0] for q in rivals]
-    lead = jnp.stack([best - value for value in values]).min(axis=0)
-    margin = lead / c.tilt.beta[0] + _rounding(c)
-    return Judgement(
-        applies=c.counted,
-        margin=margin,
-        failed=~(margin >= 0),
-        undecided=jnp.zeros_like(c.counted),
-    )
+    lead = jnp.stack([best - value for value in values]).min(axis=0) / c.tilt.beta[0]
+    slope = c.tilt.t - (finite_log(log_p) - finite_log(log_ref)) - c.tilt.log_z_centered
+    slope = jnp.where(c.tilt.base.support, jnp.abs(slope), 0.0)
+    error = total(jnp.exp(finite_log(log_p)) * slope)[0]
+    return _within(c, jnp.maximum(error, -lead), _rounding(c))
 
 
 def _lemma_1(c: Case) -> Judgement:
@@ -173,8 +175,9 @@ def _lemma_1(c: Case) -> Judgement:
 
 
 def _supports(c: Case) -> Judgement:
-    log_p = log_optimum(c.tilt, c.optimum)
-    kept = jnp.all(jnp.isfinite(log_p) == c.tilt.base.support, axis=0)
+    base, log_p = c.tilt.base, log_optimum(c.tilt, c.optimum)
+    in_reference = jnp.maximum(base.aligned.log_p, base.unaligned.log_p) > LOG_ZERO
+    kept = jnp.all(jnp.isfinite(log_p) == in_reference, axis=0)
     smallest = jnp.min(jnp.where(c.tilt.base.support, log_p, 0.0), axis=0)
     return Judgement(
         applies=c.counted,
@@ -185,11 +188,14 @@ def _supports(c: Case) -> Judgement:
 
 
 def _strict(c: Case) -> Judgement:
-    smaller = jnp.minimum(c.evaluation.log_tpm_aligned, c.evaluation.log_tpm_unaligned)
+    """Both logs are finite, the smaller below zero, and the masses sum to one."""
+    log_tpm_a, log_tpm_u = c.evaluation.log_tpm_aligned, c.evaluation.log_tpm_unaligned
+    smaller = jnp.minimum(log_tpm_a, log_tpm_u)
+    excess = jnp.abs((jnp.exp(log_tpm_a) - 0.5) + (jnp.exp(log_tpm_u) - 0.5))
     return Judgement(
         applies=c.counted,
         margin=smaller,
-        failed=~(jnp.isfinite(smaller) & (smaller < 0)),
+        failed=~(jnp.isfinite(smaller) & (smaller < 0) & (excess <= _rounding(c))),
         undecided=jnp.zeros_like(c.counted),
     )
 
@@ -260,7 +266,7 @@ CLAIMS = (
     Claim(
         name="closed_form_optimal",
         statement="p* = p_ref e^{r/β} / Z maximises eq. (1)",
-        margin_is="lead over three rival policies, nats, plus rounding allowance",
+        margin_is="rounding allowance less E|log(p*/p_ref) - r/β + log Z| or a rival's lead, nats",
         judge=_closed_form,
         everywhere=False,
     ),

@@ -1,8 +1,9 @@
 """The command line: parse, call, print. JAX is imported only once there is something to compute."""
 
+import io
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+_NEXT = "jaxsim-runs/N, the next number"
 
 
-def _shown_as(metavar: str) -> Any:
-    return tyro.conf.arg(metavar=metavar)
+def _shown_as(metavar: str, default: str | None = None) -> Any:
+    hint = None if default is None else f"(default: {default})"
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
 
 
 class _InputError(Exception):
@@ -33,10 +36,10 @@ class Run:
     Without arguments: 1,000,000 Dirichlet instances of 32 outputs at 8 values of beta.
     """
 
-    config: Annotated[tyro.conf.Positional[Path | None], _shown_as("CONFIG.toml")] = None
-    """A TOML file with any of the settings below."""
-    out: Annotated[Path | None, _shown_as("DIR")] = None
-    """The directory to write, which must be empty or absent. [default: jaxsim-runs/N]"""
+    config: Annotated[tyro.conf.Positional[Path | None], _shown_as("CONFIG.toml", "none")] = None
+    """A TOML file with any of the settings below; it comes before all options."""
+    out: Annotated[Path | None, _shown_as("DIR", _NEXT)] = None
+    """The directory to write, which must be empty or absent."""
     no_figures: bool = False
     """Leave out the figures."""
     settings: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
@@ -48,14 +51,16 @@ class Evaluate:
 
     file: Annotated[tyro.conf.Positional[str], _shown_as("FILE")]
     """An .npz or .parquet file, or a built-in data set: ngram."""
-    beta: tuple[float, ...] = ()
-    """Values of beta for all instances. [default: the file's own, else 0.05 to 10]"""
+    beta: Annotated[
+        tuple[float, ...], tyro.conf.arg(help_behavior_hint="(default: the file's, or 0.05 to 10)")
+    ] = ()
+    """Values of beta for all instances."""
     reward: str = "reward"
     """Which array of the file is the reward."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of all arrays."""
-    out: Annotated[Path | None, _shown_as("DIR")] = None
-    """The directory to write, which must be empty or absent. [default: jaxsim-runs/N]"""
+    out: Annotated[Path | None, _shown_as("DIR", _NEXT)] = None
+    """The directory to write, which must be empty or absent."""
     no_figures: bool = False
     """Leave out the figures."""
 
@@ -116,14 +121,35 @@ def _parse(argv: list[str]) -> Any:
             | Annotated[Figures, tyro.conf.subcommand("figures")]
             | Annotated[Doctor, tyro.conf.subcommand("doctor")]
         )
-        return tyro.cli(
-            commands,
-            prog="jaxsim",
-            args=argv or ["--help"],
-            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
-            description="Exact, vectorised simulation of what preference tuning does to an "
-            "output distribution.",
-        )
+        with _plain_value_errors():
+            command = tyro.cli(
+                commands,
+                prog="jaxsim",
+                args=argv or ["--help"],
+                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+                description="Exact, vectorised simulation of what preference tuning does to an "
+                "output distribution.",
+            )
+        if isinstance(command, Run) and command.config != run.config:
+            raise ValueError(f"{command.config}: the configuration file comes right after 'run'")
+        return command
+
+
+@contextmanager
+def _plain_value_errors() -> Iterator[None]:
+    """Show what a setting's own check says, without the box and the internal name around it."""
+    shown = io.StringIO()
+    try:
+        with redirect_stderr(shown):
+            yield
+    except SystemExit:
+        text = shown.getvalue()
+        if "Error parsing __tyro" in text:
+            rows = [line.strip(" │") for line in text.splitlines()[1:]]
+            end = next((i for i, row in enumerate(rows) if row.startswith(("─", "╰"))), len(rows))
+            raise _InputError(" ".join(rows[:end]).split(": ", 1)[1]) from None
+        sys.stderr.write(text)
+        raise
 
 
 def _run(command: Run, argv: list[str]) -> int:
@@ -179,7 +205,7 @@ def _figures(command: Figures, argv: list[str]) -> int:
         place = RunDirectory.open(command.run)
     written = draw_all(place)
     place.complete()
-    print(f"{len(written)} files in {command.run / 'figures'}")
+    print(f"{len(written)} figures in {command.run / 'figures'}")
     return 0
 
 

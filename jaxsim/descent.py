@@ -56,11 +56,11 @@ class Solution:
         status: `Status` as int8.
     """
 
-    log_policy: Float[Array, " *batch outputs"]
-    gap: Float[Array, " *batch"]
-    kl: Float[Array, " *batch"]
-    steps: Int32[Array, " *batch"]
-    status: Int8[Array, " *batch"]
+    log_policy: Float[Array, "..."]
+    gap: Float[Array, "..."]
+    kl: Float[Array, "..."]
+    steps: Int32[Array, "..."]
+    status: Int8[Array, "..."]
 
 
 @jax.tree_util.register_dataclass

@@ -34,11 +34,11 @@ class Instance:
         beta: β > 0, the price of one nat of KL divergence in units of reward.
     """
 
-    log_p_aligned: Float[Array, " *batch outputs"]
-    log_p_unaligned: Float[Array, " *batch outputs"]
-    reward: Float[Array, " *batch outputs"]
-    logit_alpha: Float[Array, " *batch"]
-    beta: Float[Array, " *batch"]
+    log_p_aligned: Float[Array, "..."]
+    log_p_unaligned: Float[Array, "..."]
+    reward: Float[Array, "..."]
+    logit_alpha: Float[Array, "..."]
+    beta: Float[Array, "..."]
 
     @property
     def alpha(self) -> Float[Array, " *batch"]:
@@ -77,14 +77,13 @@ class Instance:
             >>> print(instance.alpha)
             0.5
         """
-        arrays = _arrays(p_aligned=p_aligned, p_unaligned=p_unaligned, reward=reward)
+        arrays, dtype = _arrays(p_aligned=p_aligned, p_unaligned=p_unaligned, reward=reward)
         for name in ("p_aligned", "p_unaligned"):
-            p = arrays[name]
+            p = arrays.pop(name)
             if _concrete(p):
-                host = np.asarray(p)
-                _require(name, host, np.isfinite(host) & (host >= 0), "probabilities are >= 0")
-            arrays["log_" + name] = _log(arrays.pop(name))
-        return _build(cls, arrays, alpha, logit_alpha, beta, shown="p_")
+                _require(name, p, np.isfinite(p) & (p >= 0), "probabilities are >= 0")
+            arrays["log_" + name] = _log(p)
+        return _build(cls, arrays, dtype, alpha, logit_alpha, beta, total="the sum of {}")
 
     @classmethod
     def from_log_probs(
@@ -107,15 +106,13 @@ class Instance:
             >>> Instance.from_log_probs(half, half, [0., 1.], beta=1., logit_alpha=-40.).beta.shape
             ()
         """
-        arrays = _arrays(
+        arrays, dtype = _arrays(
             log_p_aligned=log_p_aligned, log_p_unaligned=log_p_unaligned, reward=reward
         )
         for name in ("log_p_aligned", "log_p_unaligned"):
             if _concrete(arrays[name]):
-                host = np.asarray(arrays[name])
-                ok = ~np.isnan(host) & (host < np.inf)
-                _require(name, host, ok, "log-probabilities are finite or -inf")
-        return _build(cls, arrays, alpha, logit_alpha, beta, shown="log_p_")
+                _check_log_probs(name, arrays[name])
+        return _build(cls, arrays, dtype, alpha, logit_alpha, beta)
 
     @classmethod
     def from_reference(
@@ -146,38 +143,45 @@ class Instance:
             >>> print(round(float(instance.alpha), 6))
             0.5
         """
-        arrays = _arrays(
+        arrays, dtype = _arrays(
             log_p_ref=log_p_ref, aligned_given_output=aligned_given_output, reward=reward
         )
         log_p, a = arrays.pop("log_p_ref"), arrays.pop("aligned_given_output")
+        if _concrete(log_p):
+            _check_log_probs("log_p_ref", log_p)
+            _check_normalised("log_p_ref", log_p, unit_roundoff(dtype), "the sum of exp({})")
+        if _concrete(a):
+            in_unit = (a >= 0) & (a <= 1)
+            _require("aligned_given_output", a, in_unit, "P(aligned | y) lies in [0, 1]")
         if _concrete(log_p) and _concrete(a):
-            host_log_p, host_a = np.asarray(log_p, np.float64), np.asarray(a, np.float64)
-            ok = ~np.isnan(host_log_p) & (host_log_p < np.inf)
-            _require("log_p_ref", host_log_p, ok, "log-probabilities are finite or -inf")
-            _check_normalised("log_p_ref", host_log_p, unit_roundoff(log_p.dtype))
-            in_unit = (host_a >= 0) & (host_a <= 1)
-            _require("aligned_given_output", host_a, in_unit, "P(aligned | y) lies in [0, 1]")
+            host_log_p, host_a = log_p.astype(np.float64), a.astype(np.float64)
             with np.errstate(divide="ignore"):
                 parts = (host_log_p + np.log(host_a), host_log_p + np.log1p(-host_a))
             log_mass = [_np_logsumexp(part) for part in parts]
-            for mass, extreme in zip(log_mass, ("0", "1"), strict=True):
-                message = f"P(aligned | y) is {extreme} on the whole support: a component is empty"
-                _require("aligned_given_output", np.exp(mass), np.isfinite(mass), message)
+            mean, wanted = np.exp(log_mass[0]), "neither component may be empty"
+            for mass in log_mass:
+                ok = np.isfinite(mass)
+                _require("aligned_given_output", mean, ok, wanted, "the mean of {}")
             arrays["log_p_aligned"], arrays["log_p_unaligned"] = (
                 part - mass[..., None] for part, mass in zip(parts, log_mass, strict=True)
             )
             logit_alpha: Any = log_mass[0] - log_mass[1]
         else:
+            log_p, a = jnp.asarray(log_p, dtype), jnp.asarray(a, dtype)
             arrays["log_p_aligned"] = log_p + _log(a)
             arrays["log_p_unaligned"] = log_p + _log(1 - a)
             logit_alpha = _logsumexp(arrays["log_p_aligned"]) - _logsumexp(
                 arrays["log_p_unaligned"]
             )
-        return _build(cls, arrays, None, logit_alpha, beta, shown="log_p_")
+        return _build(cls, arrays, dtype, None, logit_alpha, beta)
 
 
-def _arrays(**named: ArrayLike) -> dict[str, Any]:
-    """Convert to arrays of one floating dtype and one shape, [outputs] or [instances, outputs]."""
+def _arrays(**named: Any) -> tuple[dict[str, Any], Any]:
+    """Give all one shape, [outputs] or [instances, outputs]; also return their floating dtype.
+
+    Concrete values stay on the host in the dtype that they came in, to be checked as given.
+    """
+    dtype = jnp.result_type(*(_dtype(name, value) for name, value in named.items()))
     shapes = {name: np.shape(value) for name, value in named.items()}
     for name, shape in shapes.items():
         if len(shape) not in (1, 2):
@@ -194,8 +198,13 @@ def _arrays(**named: ArrayLike) -> dict[str, Any]:
         raise ValueError(f"shapes do not agree: {listed}; expected one number of outputs")
     if 0 in common:
         raise ValueError(f"{next(iter(shapes))} has shape {common}: there is no output in it")
-    dtype = jnp.result_type(*(_dtype(name, value) for name, value in named.items()))
-    return {name: _convert(value, dtype, common) for name, value in named.items()}
+    arrays = {
+        name: np.broadcast_to(np.asarray(value), common)
+        if _concrete(value)
+        else jnp.broadcast_to(jnp.asarray(value, dtype), common)
+        for name, value in named.items()
+    }
+    return arrays, dtype
 
 
 def _dtype(name: str, value: Any) -> Any:
@@ -216,10 +225,6 @@ def _dtype(name: str, value: Any) -> Any:
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
-def _convert(value: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
-    return jnp.broadcast_to(jnp.asarray(value, dtype), shape)
-
-
 def _concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
@@ -227,34 +232,50 @@ def _concrete(x: Any) -> bool:
 def _build(
     cls: type[Instance],
     arrays: dict[str, Any],
+    dtype: Any,
     alpha: Any,
     logit_alpha: Any,
     beta: Any,
     *,
-    shown: str,
+    total: str = "the sum of exp({})",
 ) -> Instance:
-    reward = arrays["reward"]
-    batch, dtype = reward.shape[:-1], reward.dtype
-    if (alpha is None) == (logit_alpha is None):
-        raise ValueError("alpha: give either alpha or logit_alpha, and not both")
+    if alpha is None and logit_alpha is None:
+        raise ValueError("alpha is missing; expected alpha or logit_alpha")
+    if alpha is not None and logit_alpha is not None:
+        raise ValueError("alpha and logit_alpha are both given; expected one of them")
     if beta is None:
         raise ValueError("beta is missing; expected a number > 0")
-    logits = _logit("alpha", alpha, dtype) if logit_alpha is None else logit_alpha
-    per_instance = {"logit_alpha": logits, "beta": beta}
+    reward = arrays["reward"]
+    batch = reward.shape[:-1]
+    per_instance = {"alpha": alpha} if logit_alpha is None else {"logit_alpha": logit_alpha}
+    per_instance["beta"] = beta
     for name, value in per_instance.items():
+        _dtype(name, value)
         if np.shape(value) not in ((), batch):
             raise ValueError(
-                f"{name.removeprefix('logit_')} has shape {np.shape(value)}; "
+                f"{name} has shape {np.shape(value)}; "
                 f"expected a scalar or {list(batch)}, one value per instance"
             )
-        per_instance[name] = jnp.broadcast_to(jnp.asarray(value, dtype), batch)
+        if _concrete(value):
+            _CHECKS[name](np.asarray(value))
+    if _concrete(reward):
+        _check_reward(reward)
+    if logit_alpha is None:
+        per_instance["logit_alpha"] = _logit(per_instance.pop("alpha"), dtype)
     components = {
-        name: _normalise(arrays[name], dtype, shown + name.removeprefix("log_p_"))
+        name: _normalise(arrays[name], dtype, total, name)
         for name in ("log_p_aligned", "log_p_unaligned")
     }
-    instance = cls(reward=reward, **components, **per_instance)
+    instance = cls(
+        reward=_cast("reward", reward, dtype),
+        **components,
+        **{
+            name: jnp.broadcast_to(_cast(name, value, dtype), batch)
+            for name, value in per_instance.items()
+        },
+    )
     if all(_concrete(getattr(instance, f.name)) for f in fields(instance)):
-        _check_numbers(instance)
+        _check_scale(instance)
     return instance
 
 
@@ -266,63 +287,98 @@ def validate(instance: Instance) -> None:
     """
     for name in ("log_p_aligned", "log_p_unaligned"):
         log_p = np.asarray(getattr(instance, name))
-        ok = ~np.isnan(log_p) & (log_p < np.inf)
-        _require(name, log_p, ok, "log-probabilities are finite or -inf")
-        _check_normalised(name, log_p, unit_roundoff(log_p.dtype))
-    _check_numbers(instance)
+        _check_log_probs(name, log_p)
+        _check_normalised(name, log_p, unit_roundoff(log_p.dtype), "the sum of exp({})")
+    _check_reward(np.asarray(instance.reward))
+    _check_beta(np.asarray(instance.beta))
+    _check_logit_alpha(np.asarray(instance.logit_alpha))
+    _check_scale(instance)
 
 
-def _check_numbers(instance: Instance) -> None:
-    reward = np.asarray(instance.reward)
+def _check_log_probs(name: str, log_p: np.ndarray) -> None:
+    ok = ~np.isnan(log_p) & (log_p < np.inf)
+    _require(name, log_p, ok, "log-probabilities are finite or -inf")
+
+
+def _check_reward(reward: np.ndarray) -> None:
     _require("reward", reward, np.isfinite(reward), "rewards are finite")
-    beta = np.asarray(instance.beta)
+
+
+def _check_beta(beta: np.ndarray) -> None:
     _require("beta", beta, np.isfinite(beta) & (beta > 0), "beta is finite and > 0")
-    logit = np.asarray(instance.logit_alpha)
-    _require("logit_alpha", logit, np.isfinite(logit), "alpha lies strictly between 0 and 1")
-    support = np.maximum(instance.log_p_aligned, instance.log_p_unaligned) > LOG_ZERO
-    top = np.where(support, reward, -np.inf).max(axis=-1).astype(np.float64)
-    bottom = np.where(support, reward, np.inf).min(axis=-1).astype(np.float64)
-    scale = np.maximum(np.abs(top), np.abs(bottom)) / beta
-    _require("reward", scale, scale < 1e30, "|reward| / beta stays below 1e30")
 
 
-def _logit(name: str, alpha: Any, dtype: Any) -> Any:
+def _check_logit_alpha(logit: np.ndarray) -> None:
+    _require("logit_alpha", logit, np.isfinite(logit), "log-odds of alpha are finite")
+
+
+def _check_alpha(alpha: np.ndarray) -> None:
+    wanted = (
+        "alpha lies strictly between 0 and 1 (for a value that rounds to 0 or 1, "
+        "give logit_alpha= instead)"
+    )
+    _require("alpha", alpha, (alpha > 0) & (alpha < 1), wanted)
+
+
+_CHECKS = {"alpha": _check_alpha, "logit_alpha": _check_logit_alpha, "beta": _check_beta}
+
+
+def _check_scale(instance: Instance) -> None:
+    """Refuse |r|/β on the support that no accuracy survives."""
+    reward, beta = np.asarray(instance.reward), np.asarray(instance.beta, np.float64)
+    components = np.asarray(instance.log_p_aligned), np.asarray(instance.log_p_unaligned)
+    with np.errstate(over="ignore"):
+        scale = np.abs(reward) / beta[..., None]
+    ok = (scale < 1e30) | ~(np.maximum(*components) > LOG_ZERO)
+    _require("reward", reward, ok, "|reward| / beta stays below 1e30")
+
+
+def _cast(name: str, value: Any, dtype: Any) -> Any:
+    """Convert to the instance's dtype, refusing what it cannot hold."""
+    if not _concrete(value):
+        return jnp.asarray(value, dtype)
+    given = np.asarray(value)
+    with np.errstate(over="ignore", under="ignore"):
+        cast = given.astype(dtype)
+    kept = np.isfinite(cast)
+    if name == "beta":
+        kept &= cast >= np.finfo(dtype).tiny
+    _require(name, given, kept, f"out of the range of {np.dtype(dtype)}")
+    return jnp.asarray(cast)
+
+
+def _logit(alpha: Any, dtype: Any) -> Any:
     """Log-odds of α, in float64 on the host where the value is known."""
     if not _concrete(alpha):
         alpha = jnp.asarray(alpha, dtype)
         return jnp.log(alpha) - jnp.log1p(-alpha)
-    try:
-        host = np.asarray(alpha, np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is {alpha!r}; expected a number between 0 and 1") from None
-    wanted = (
-        f"{name} lies strictly between 0 and 1 (for a value that rounds to 0 or 1, "
-        "give logit_alpha= instead)"
-    )
-    _require(name, host, (host > 0) & (host < 1), wanted)
+    host = np.asarray(alpha, np.float64)
     return np.log(host) - np.log1p(-host)
 
 
-def _normalise(log_p: Any, dtype: Any, shown: str) -> Any:
+def _normalise(log_p: Any, dtype: Any, total: str, name: str) -> Any:
     if not _concrete(log_p):
         return log_p - _logsumexp(log_p)[..., None]
     host = np.asarray(log_p, np.float64)
-    _check_normalised(shown, host, unit_roundoff(dtype))
+    shown = name if "exp" in total else name.removeprefix("log_")
+    _check_normalised(shown, host, unit_roundoff(dtype), total)
     return jnp.asarray(host - _np_logsumexp(host)[..., None], dtype)
 
 
-def _check_normalised(name: str, log_p: np.ndarray, roundoff: float) -> None:
-    total = np.exp(log_p.astype(np.float64)).sum(axis=-1)
+def _check_normalised(name: str, log_p: np.ndarray, roundoff: float, form: str) -> None:
+    with np.errstate(over="ignore"):
+        total = np.exp(log_p.astype(np.float64)).sum(axis=-1)
     allowed = max(1e-6, 8 * log_p.shape[-1] * roundoff)
     wanted = f"the probabilities of an instance sum to 1 within {allowed:.0e}"
-    _require(name, total, np.abs(total - 1) <= allowed, wanted, of="the sum of ")
+    _require(name, total, np.abs(total - 1) <= allowed, wanted, form)
 
 
-def _require(name: str, values: np.ndarray, ok: np.ndarray, wanted: str, of: str = "") -> None:
+def _require(name: str, values: np.ndarray, ok: Any, wanted: str, form: str = "{}") -> None:
     if not np.all(ok):
         index = np.unravel_index(int(np.argmin(ok)), np.shape(ok))
         where = "[" + ", ".join(str(int(i)) for i in index) + "]" if index else ""
-        raise ValueError(f"{of}{name}{where} is {np.asarray(values)[index]}; {wanted}")
+        value = str(np.asarray(values)[index])  # not format(), which shows a float32's tail
+        raise ValueError(f"{form.format(name + where)} is {value}; {wanted}")
 
 
 def _log(p: Any) -> Any:

@@ -8,6 +8,7 @@ same code then serves both, and on CPU the sums over outputs run across SIMD lan
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 # A log-probability that stands for zero mass inside the kernels: finite, so that differences of two
@@ -91,9 +92,7 @@ def _inverse_factorials(count: int) -> list[float]:
 _INVERSE_FACTORIAL = _inverse_factorials(24)
 
 
-def kl_divergence(
-    log_p: Float[Array, " *batch outputs"], log_q: Float[Array, " *batch outputs"]
-) -> Float[Array, " *batch"]:
+def kl_divergence(log_p: ArrayLike, log_q: ArrayLike) -> Float[Array, " *batch"]:
     """Return KL(p‖q) = Σ p log(p/q) over the last axis, in nats.
 
     Args:

@@ -30,7 +30,9 @@ def bar() -> Iterator[Report]:
             progress.reset(task, description=name, total=total or None, rate="")
 
         def step(done: int) -> None:
-            progress.update(task, completed=done, rate=f"{clock.rate(done):,.0f} instances/s")
+            rate = clock.rate(done)
+            shown = f"{rate:,.0f} instances/s" if rate else ""
+            progress.update(task, completed=done, rate=shown)
 
         yield Report(stage=stage, progress=step)
 
@@ -50,13 +52,11 @@ def lines() -> Iterator[Report]:
         now = time.monotonic()
         if now - last[0] >= 2:
             last[0] = now
+            text = f"  {done:,} of {clock.total:,}"
             rate = clock.rate(done)
-            left = (clock.total - done) / rate
-            print(
-                f"  {done:,} of {clock.total:,}, {rate:,.0f} instances/s, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            if rate:
+                text += f", {rate:,.0f} instances/s, {(clock.total - done) / rate:.0f} s left"
+            print(text, file=sys.stderr, flush=True)
 
     yield Report(stage=stage, progress=step)
 
@@ -70,11 +70,11 @@ class _Clock:
     def start(self, total: int) -> None:
         self.total = total
         self._first: tuple[float, int] | None = None
-        self._begun = time.monotonic()
 
-    def rate(self, done: int) -> float:
+    def rate(self, done: int) -> float | None:
+        """Return instances per second; None at the first report."""
         now = time.monotonic()
         if self._first is None:
             self._first = (now, done)
-            return done / max(now - self._begun, 1e-9)
+            return None
         return max(done - self._first[1], 1) / max(now - self._first[0], 1e-9)

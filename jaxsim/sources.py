@@ -3,13 +3,15 @@
 A source knows how many instances it has and hands them out in tiles of one fixed shape.
 """
 
+import re
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +49,7 @@ def draw_tile(family: Family, words: jax.Array, start: jax.Array) -> Instance:
     return draw(family, Stream.of(words, high, low))
 
 
+@runtime_checkable
 class Source(Protocol):
     """A finite supply of instances, in tiles of one shape."""
 
@@ -138,6 +141,7 @@ _COMPONENTS: dict[tuple[str, str], Callable[..., Instance]] = {
 }
 _ZERO_MASS = {"log_p_ref": -np.inf, "log_p_aligned": -np.inf, "log_p_unaligned": -np.inf}
 _PER_INSTANCE = ("alpha", "logit_alpha", "beta")
+_RESERVED = {name for pair in _COMPONENTS for name in pair} | {*_PER_INSTANCE, "prompt", "output"}
 BUILT_IN = {"ngram": "ngram.npz"}
 
 
@@ -163,47 +167,89 @@ def read(path: str, *, reward: str = "reward", dtype: str = "float32") -> ArrayS
     location: Any = Path(path)
     if path in BUILT_IN:
         location = resources.files("jaxsim") / "data" / BUILT_IN[path]
-    reader = {".npz": _read_npz, ".parquet": _read_parquet}.get(Path(location.name).suffix)
+    reader = {".npz": _read_npz, ".parquet": _read_parquet}.get(Path(location.name).suffix.lower())
     if reader is None:
         raise ValueError(f"{path}: expected a file that ends in .npz or .parquet")
     if not location.is_file():
+        if location.is_dir():
+            raise IsADirectoryError(f"{path}: expected a file, found a directory")
         known = ", ".join(BUILT_IN)
         raise FileNotFoundError(f"{path}: there is no such file (built-in data sets: {known})")
+    if reward in _RESERVED:
+        raise ValueError(f"{path}: {reward} cannot be the reward: it has a meaning of its own")
     with location.open("rb") as stream:
-        arrays = reader(path, stream)
-    return _source(path, arrays, reward, dtype)
+        found, arrays = reader(path, stream, {*_RESERVED, reward})
+    return _source(path, found, arrays, reward, dtype)
 
 
-def _read_npz(path: str, stream: Any) -> dict[str, np.ndarray]:
+_Arrays = dict[str, np.ndarray]
+
+
+def _read_npz(path: str, stream: Any, wanted: set[str]) -> tuple[list[str], _Arrays]:
+    """Return the names of all arrays, and those of the arrays that are wanted."""
     try:
-        with np.load(stream, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise ValueError("it holds a single array")
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "pickle" in reason.lower():
-            reason = "it holds Python objects (a pickle), which jaxsim never loads"
-        raise ValueError(f"{path}: not an .npz file of plain arrays: {reason}") from None
+        archive = np.lib.npyio.NpzFile(stream, allow_pickle=False)
+    except zipfile.BadZipFile:
+        raise ValueError(
+            f"{path}: not an .npz file (a zip archive of arrays), or cut short"
+        ) from None
+    arrays = {}
+    with archive:
+        for name in sorted(wanted.intersection(archive.files)):
+            try:
+                arrays[name] = archive[name]
+            except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                if "allow_pickle" in reason:
+                    reason = "it holds Python objects (a pickle), which jaxsim never loads"
+                raise ValueError(f"{path}: {name} cannot be read: {reason}") from None
+        return archive.files, arrays
 
 
-def _read_parquet(path: str, stream: Any) -> dict[str, np.ndarray]:
+def _read_parquet(path: str, stream: Any, wanted: set[str]) -> tuple[list[str], _Arrays]:
+    """Return the names of all columns, and as arrays those that are wanted."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(stream)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from None
-    return {name: _column(path, name, table[name].to_pylist()) for name in table.column_names}
+        file = pyarrow.parquet.ParquetFile(stream)
+        found = file.schema_arrow.names
+        names = sorted(wanted.intersection(found))
+        columns = file.read(columns=names).to_pydict()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: cannot be read as Parquet: {reason}") from None
+    if not file.metadata.num_rows:
+        raise ValueError(f"{path}: there are no rows in it")
+    lengths: tuple[str, list[int]] | None = None
+    for name in names:
+        rows = columns[name]
+        _require_values(path, name, rows)
+        if name in (*_PER_INSTANCE, "prompt"):
+            continue
+        if not isinstance(rows[0], list):
+            raise ValueError(f"{path}: {name} holds single values; expected a list in each row")
+        own = [len(row) for row in rows]
+        first, expected = lengths = lengths or (name, own)
+        for at, (length, other) in enumerate(zip(own, expected, strict=True)):
+            if length != other:
+                raise ValueError(
+                    f"{path}: {name}[{at}] has {length} outputs, but {first}[{at}] has {other}"
+                )
+    return found, {name: _column(name, columns[name]) for name in names}
 
 
-def _column(path: str, name: str, rows: list[Any]) -> np.ndarray:
-    """Return a column as an array; lists of unequal length are padded, masses with zero."""
+def _require_values(path: str, name: str, rows: list[Any]) -> None:
     for at, row in enumerate(rows):
-        if row is None or (isinstance(row, list) and None in row):
-            raise ValueError(f"{path}: {name}[{at}] has a missing value")
-    if not rows or not isinstance(rows[0], list):
+        if row is None:
+            raise ValueError(f"{path}: {name}[{at}] is missing (null)")
+        if isinstance(row, list) and None in row:
+            raise ValueError(f"{path}: {name}[{at}, {row.index(None)}] is missing (null)")
+
+
+def _column(name: str, rows: list[Any]) -> np.ndarray:
+    """Return a column as an array; lists of unequal length are padded, masses with zero."""
+    if not isinstance(rows[0], list):
         return np.asarray(rows)
     width = max(len(row) for row in rows)
     text = any(row and isinstance(row[0], str) for row in rows)
@@ -211,14 +257,14 @@ def _column(path: str, name: str, rows: list[Any]) -> np.ndarray:
     return np.asarray([row + [filler] * (width - len(row)) for row in rows])
 
 
-def _source(path: str, arrays: dict[str, np.ndarray], reward: str, dtype: str) -> ArraySource:
+def _source(path: str, found: list[str], arrays: _Arrays, reward: str, dtype: str) -> ArraySource:
     pair = next((pair for pair in _COMPONENTS if all(name in arrays for name in pair)), None)
     if pair is None:
         wanted = "; or ".join(" and ".join(pair) for pair in _COMPONENTS)
-        found = ", ".join(sorted(arrays)) or "nothing"
-        raise ValueError(f"{path}: expected the arrays {wanted}; found {found}")
+        listed = ", ".join(sorted(found)) or "nothing"
+        raise ValueError(f"{path}: expected the arrays {wanted}; found {listed}")
     if reward not in arrays:
-        rewards = ", ".join(name for name in sorted(arrays) if name.startswith("reward"))
+        rewards = ", ".join(name for name in sorted(found) if name.startswith("reward"))
         raise ValueError(
             f"{path}: there is no array {reward!r} to take as the reward"
             + (f" (there is: {rewards})" if rewards else "")
@@ -227,11 +273,12 @@ def _source(path: str, arrays: dict[str, np.ndarray], reward: str, dtype: str) -
     for name, array in numeric.items():
         if array.dtype.kind not in "fiub":
             raise ValueError(f"{path}: {name} has dtype {array.dtype}; expected numbers")
-        numeric[name] = array.astype(dtype)
-        if name in _PER_INSTANCE and name != "beta":
+        if name in _PER_INSTANCE:
             numeric[name] = array.astype(np.float64)
-        elif name not in _PER_INSTANCE and array.ndim == 1:
-            numeric[name] = numeric[name][None]
+        else:
+            numeric[name] = _rounded(path, name, array, dtype)
+            if array.ndim == 1:
+                numeric[name] = numeric[name][None]
     r = numeric.pop(reward)
     components = [numeric.pop(name) for name in pair]
     beta = numeric.pop("beta", None)
@@ -245,9 +292,7 @@ def _source(path: str, arrays: dict[str, np.ndarray], reward: str, dtype: str) -
             *components, r, beta=np.float32(1) if beta is None else beta, **numeric
         )
     except ValueError as error:
-        message = str(error)
-        if reward != "reward":
-            message = message.replace("reward", reward)
+        message = re.sub(r"\breward\b", lambda _: reward, str(error))
         raise ValueError(f"{path}: {message}") from None
     num, width = instance.reward.shape
     prompts = _texts(path, arrays, "prompt", (num,))
@@ -260,12 +305,23 @@ def _source(path: str, arrays: dict[str, np.ndarray], reward: str, dtype: str) -
     )
 
 
-def _texts(path: str, arrays: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> Any:
+def _rounded(path: str, name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    """Convert to the precision asked for, refusing what it cannot hold."""
+    with np.errstate(over="ignore", under="ignore"):
+        cast = array.astype(dtype)
+    lost = np.argwhere(np.isinf(cast) & np.isfinite(array))
+    if len(lost):
+        index = tuple(lost[0].tolist())
+        raise ValueError(f"{path}: {name}{list(index)} is {array[index]}; too large for {dtype}")
+    return cast
+
+
+def _texts(path: str, arrays: _Arrays, name: str, shape: tuple[int, ...]) -> Any:
     """Return texts as nested lists, or None where the file has none."""
     if name not in arrays:
         return None
     array = arrays[name]
-    if array.ndim == len(shape) - 1:
+    if array.ndim == len(shape) - 1 and shape[0] == 1:
         array = array[None]
     if array.shape != shape:
         raise ValueError(f"{path}: {name} has shape {array.shape}; expected {shape}")

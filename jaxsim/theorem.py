@@ -40,12 +40,12 @@ class Verdict:
         conclusion: `Outcome` (int8) of Δ > 0; TIE where TPM(A) = α exactly.
     """
 
-    covariance_aligned: Float[Array, " *batch"]
-    covariance_unaligned: Float[Array, " *batch"]
-    log_odds_shift: Float[Array, " *batch"]
-    hypothesis_aligned: Int8[Array, " *batch"]
-    hypothesis_unaligned: Int8[Array, " *batch"]
-    conclusion: Int8[Array, " *batch"]
+    covariance_aligned: Float[Array, "..."]
+    covariance_unaligned: Float[Array, "..."]
+    log_odds_shift: Float[Array, "..."]
+    hypothesis_aligned: Int8[Array, "..."]
+    hypothesis_unaligned: Int8[Array, "..."]
+    conclusion: Int8[Array, "..."]
 
     @property
     def hypotheses_hold(self) -> Array:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxsim.instance import Instance
@@ -40,13 +41,13 @@ class Evaluation:
         objective: L(p*) = β log Z, the maximum of eq. (1), in units of reward.
     """
 
-    log_z: Float[Array, " *batch"]
-    log_tpm_aligned: Float[Array, " *batch"]
-    log_tpm_unaligned: Float[Array, " *batch"]
-    log_odds_shift: Float[Array, " *batch"]
-    kl: Float[Array, " *batch"]
-    expected_reward: Float[Array, " *batch"]
-    objective: Float[Array, " *batch"]
+    log_z: Float[Array, "..."]
+    log_tpm_aligned: Float[Array, "..."]
+    log_tpm_unaligned: Float[Array, "..."]
+    log_odds_shift: Float[Array, "..."]
+    kl: Float[Array, "..."]
+    expected_reward: Float[Array, "..."]
+    objective: Float[Array, "..."]
 
 
 @jax.tree_util.register_dataclass
@@ -59,8 +60,8 @@ class MixtureWeights:
         unaligned: log α_U(y) = log(1-α) + r/β - log Z, [outputs].
     """
 
-    aligned: Float[Array, " *batch outputs"]
-    unaligned: Float[Array, " *batch outputs"]
+    aligned: Float[Array, "..."]
+    unaligned: Float[Array, "..."]
 
 
 @jax.tree_util.register_dataclass
@@ -319,7 +320,7 @@ def log_reference(base: Centered) -> Float[Array, " outputs *tile"]:
     return jnp.where(base.support, log_p, -jnp.inf)
 
 
-def optimal_policy(instance: Instance) -> Float[Array, " outputs"]:
+def optimal_policy(instance: Instance) -> Float[Array, " outputs *tile"]:
     """Return log p*, the optimum of eq. (1): p* ∝ p_ref e^{r/β}.
 
     Args:
@@ -367,7 +368,9 @@ def mixture_weights(instance: Instance) -> MixtureWeights:
     )
 
 
-def objective(log_policy: Float[Array, " outputs"], instance: Instance) -> Float[Array, ""]:
+def objective(
+    log_policy: Float[Array, " outputs *tile"], instance: Instance
+) -> Float[Array, " *tile"]:
     """Return eq. (1) for any policy: L(π) = E_π[r] - β KL(π‖p_ref).
 
     Args:
@@ -407,7 +410,7 @@ def log_optimum(x: Tilt, best: Optimum) -> Float[Array, " outputs *tile"]:
     return jnp.where(base.support, jnp.where(x.narrow, log_ref + best.log_ratio, wide), -jnp.inf)
 
 
-def tpm(log_policy: Float[Array, " outputs"], instance: Instance) -> Float[Array, ""]:
+def tpm(log_policy: Float[Array, " outputs *tile"], instance: Instance) -> Float[Array, " *tile"]:
     """Return the total probability mass that any policy π owes to A: E_π[α p_A / p_ref].
 
     For π = p* this is Theorem 2's TPM(A); for π = p_ref it is α.
@@ -429,11 +432,11 @@ def tpm(log_policy: Float[Array, " outputs"], instance: Instance) -> Float[Array
 
 
 def take_back_logits(
-    logits_tuned: Float[Array, " *batch outputs"],
-    logits_reference: Float[Array, " *batch outputs"],
+    logits_tuned: ArrayLike,
+    logits_reference: ArrayLike,
     *,
-    a: float,
-    b: float,
+    a: ArrayLike,
+    b: ArrayLike,
 ) -> Float[Array, " *batch outputs"]:
     """Return the paper's take-back logits, a·logits_tuned - b·logits_reference (section 1.4).
 
@@ -460,5 +463,5 @@ def take_back_logits(
             f"{reference.shape}; they must be equal"
         )
     inside = reference > -jnp.inf
-    kept = jnp.where(a == 0, 0.0, a * jnp.where(inside & (a != 0), tuned, 0.0))
+    kept = a * jnp.where(inside & (jnp.asarray(a) != 0), tuned, 0.0)
     return jnp.where(inside, kept - b * jnp.where(inside, reference, 0.0), -jnp.inf)

@@ -1,6 +1,15 @@
-"""Options of the test suite."""
+"""Options and fixtures of the test suite; annotations of shapes are checked in every test."""
 
-import pytest
+from jaxtyping import install_import_hook
+
+KERNELS = ["logspace", "tilting", "theorem", "descent", "claims", "families"]
+install_import_hook([f"jaxsim.{name}" for name in KERNELS], "beartype.beartype")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# A kernel that broadcasts by accident is a bug: ranks must agree, or one of them be a scalar.
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -248,15 +248,18 @@ def _histogram(place: np.ndarray) -> np.ndarray:
 def quantiles(histogram: np.ndarray, levels: tuple[float, ...]) -> np.ndarray:
     """Return quantiles of what a histogram over BIN_EDGES counted, linear within a bin.
 
-    What lies beyond the edges is placed on them: as log-odds of ±20, two parts in 10^9.
+    What lies beyond the edges is placed on them: as log-odds of ±20, two parts in 10^9. Of nothing
+    the quantiles are nan.
     """
     left = np.concatenate([[BIN_EDGES[0]], BIN_EDGES])
     right = np.concatenate([BIN_EDGES, [BIN_EDGES[-1]]])
     cumulative = np.cumsum(histogram)
+    if not cumulative[-1]:
+        return np.full(len(levels), np.nan)
     result = []
     for level in levels:
         target = level * cumulative[-1]
-        at = int(np.searchsorted(cumulative, target, side="left"))
+        at = int(np.searchsorted(cumulative, max(target, 0.5), side="left"))  # no empty first bin
         before = cumulative[at - 1] if at else 0
         share = (target - before) / max(histogram[at], 1)
         result.append(left[at] + share * (right[at] - left[at]))

@@ -20,7 +20,7 @@ def draw(family: Family, stream: Stream) -> Instance:
     dtype = jnp.dtype(family.dtype)
     log_p_a, log_p_u, logit_alpha = _components(family, stream, dtype)
     if logit_alpha is None:
-        logit_alpha = samplers.logit(_scalar(family.alpha, stream, _ALPHA, dtype))
+        logit_alpha = _logit(family.alpha, stream, _ALPHA, dtype)
     return Instance(
         log_p_aligned=log_p_a,
         log_p_unaligned=log_p_u,
@@ -107,17 +107,33 @@ def _reward(spec: Rewards, n: int, stream: Stream, log_p_a: Array, log_p_u: Arra
 
 
 def _scalar(spec: Scalar, stream: Stream, purpose: int, dtype: jnp.dtype) -> Array:
-    shape = stream.index.shape
-    if spec.kind == "fixed":
-        return jnp.full(shape, spec.value, dtype)
     u = samplers.uniform(stream.words(purpose, 1), dtype)[0][0]
     if spec.kind == "uniform":
         return spec.low + (spec.high - spec.low) * u
     if spec.kind == "log_uniform":
         low, high = math.log(spec.low), math.log(spec.high)
         return jnp.exp(low + (high - low) * u)
+    return _choice((spec.value,) if spec.kind == "fixed" else spec.values, u)
+
+
+def _logit(spec: Scalar, stream: Stream, purpose: int, dtype: jnp.dtype) -> Array:
+    """Return the log-odds of a scalar in (0, 1): finite, also where that would round to 1."""
+    u = samplers.uniform(stream.words(purpose, 1), dtype)[0][0]
+    if spec.kind == "uniform":
+        width = spec.high - spec.low
+        return jnp.log(spec.low + width * u) - jnp.log((1 - spec.high) + width * (1 - u))
+    if spec.kind == "log_uniform":
+        low, high = math.log(spec.low), math.log(spec.high)
+        log_p = high - (high - low) * (1 - u)
+        return log_p - jnp.log(-jnp.expm1(log_p))
+    values = (spec.value,) if spec.kind == "fixed" else spec.values
+    return _choice(tuple(math.log(p) - math.log1p(-p) for p in values), u)
+
+
+def _choice(values: tuple[float, ...], u: Array) -> Array:
+    """Return one of `values`, each as likely, by a uniform."""
     # Selects, not a gather: XLA on CPU takes seconds to compile a gather fused with Threefry.
-    chosen = jnp.full(shape, spec.values[0], dtype)
-    for at, value in enumerate(spec.values[1:], start=1):
-        chosen = jnp.where(u * len(spec.values) >= at, jnp.asarray(value, dtype), chosen)
+    chosen = jnp.full_like(u, values[0])
+    for at, value in enumerate(values[1:], start=1):
+        chosen = jnp.where(u * len(values) >= at, jnp.asarray(value, u.dtype), chosen)
     return chosen

@@ -150,11 +150,6 @@ def standardise(x: Float[Array, " outputs *tile"]) -> Float[Array, " outputs *ti
     return centered / jnp.where(deviation > 0, deviation, 1.0)
 
 
-def logit(u: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
-    """Return log u/(1-u)."""
-    return jnp.log(u) - jnp.log1p(-u)
-
-
 def student_t(stream: Stream, purpose: int, count: int, degrees: float, dtype: jnp.dtype) -> Array:
     """Return Student's t as a normal over the root of a gamma variable."""
     z = normal(stream.words(purpose, count), dtype)

@@ -4,9 +4,10 @@ A description is drawn from by `jaxsim.families.draw`, and is what a run's confi
 that every name here is also a key of the TOML file and an option of the command line.
 """
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+_LEAST, _GREATEST = 1e-30, 1e30
 
 _UNUSED = {
     "dirichlet": {"support", "zipf_exponent", "classifier_mean", "classifier_scale"},
@@ -96,9 +97,10 @@ class Rewards:
 
     def __post_init__(self) -> None:
         _check_unused(self, "reward")
-        _check(0 < self.scale < math.inf, "reward.scale", self.scale, "a finite number > 0")
-        degrees = self.degrees_of_freedom
-        _check(0.1 <= degrees <= 1e4, "reward.degrees_of_freedom", degrees, "0.1 to 10000")
+        wanted = f"{_LEAST} < scale < {_GREATEST}"
+        _check(_LEAST < self.scale < _GREATEST, "reward.scale", self.scale, wanted)
+        degrees = self.degrees_of_freedom  # at 0.1 one draw in 10^4 would overflow float32
+        _check(0.5 <= degrees <= 1e4, "reward.degrees_of_freedom", degrees, "0.5 to 10000")
         _check(0 < self.probability < 1, "reward.probability", self.probability, "0 < p < 1")
         _check(abs(self.strength) <= 1, "reward.strength", self.strength, "-1 to 1")
 
@@ -119,7 +121,7 @@ class Scalar:
     """grid: the values, each as likely."""
 
     def check(self, name: str, upper: float) -> None:
-        """Refuse values outside (0, `upper`)."""
+        """Refuse values outside (10^-30, `upper`), which float32 might take for 0 or infinity."""
         _check_unused(self, name)
         if self.kind == "grid":
             _check(len(self.values) > 0, f"{name}.values", "empty", "at least one value")
@@ -129,12 +131,13 @@ class Scalar:
             pairs = [(f"{name}.value", self.value)]
         else:
             _check(self.low < self.high, f"{name}.low", self.low, f"less than high ({self.high})")
-            lowest_ok = self.low > 0 or (self.kind == "uniform" and self.low == 0)
-            _check(lowest_ok, f"{name}.low", self.low, "a number > 0")
-            _check(self.high <= upper, f"{name}.high", self.high, f"at most {upper}")
+            lowest_ok = self.low > _LEAST or (self.kind == "uniform" and self.low == 0)
+            _check(lowest_ok, f"{name}.low", self.low, f"a number > {_LEAST}")
+            wanted = f"{_LEAST} < high <= {upper}"
+            _check(_LEAST < self.high <= upper, f"{name}.high", self.high, wanted)
             return
         for label, value in pairs:
-            _check(0 < value < upper, label, value, f"0 < value < {upper}")
+            _check(_LEAST < value < upper, label, value, f"{_LEAST} < value < {upper}")
 
 
 _DEFAULT_ALPHA = Scalar(kind="uniform", low=0.0, high=1.0)
@@ -162,7 +165,7 @@ class Family:
     def __post_init__(self) -> None:
         _check(1 <= self.outputs <= 2**20, "family.outputs", self.outputs, "1 to 1048576")
         self.alpha.check("alpha", 1.0)
-        self.beta.check("beta", math.inf)
+        self.beta.check("beta", _GREATEST)
         _check(self.dtype in ("float32", "float64"), "dtype", self.dtype, "float32 or float64")
         kind = self.components.kind
         if kind == "zipf" and self.alpha != _DEFAULT_ALPHA:

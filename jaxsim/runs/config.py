@@ -5,6 +5,7 @@ Imports no JAX, so that `jaxsim --help` is quick.
 
 import dataclasses
 import difflib
+import json
 import math
 import tomllib
 import types
@@ -132,7 +133,7 @@ def to_toml(config: Any) -> str:
             scalars.append(f"{item.name} = {_toml(value)}")
     lines = scalars
     for name, table in tables:
-        body = to_toml(table)
+        body = to_toml(table).rstrip()
         head, *rest = body.split("\n[")
         lines.append(f"\n[{name}]\n{head}")
         lines.extend(f"[{name}.{part}" for part in rest)
@@ -143,8 +144,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     return repr(value)
