@@ -91,7 +91,7 @@ def stream(
     Args:
         source: where the instances come from.
         betas: the values of β; empty for each instance's own.
-        audit: how many instances also undergo the audit, the claims that are identities.
+        audit: how many instances are also audited, on the claims that are not judged everywhere.
         progress: called with the number of instances done.
     """
     screened = tuple(c for c in claims.CLAIMS if c.judge and c.everywhere)
@@ -101,7 +101,7 @@ def stream(
     totals = {c.name: ClaimTotal() for c in claims.CLAIMS if c.judge}
 
     def collect(start: int, column: int, pending: Any) -> None:
-        tile_sums, tallies = jax.device_get(pending)
+        tile_sums, tallies = jax.tree.map(np.asarray, pending)
         if tile_sums is not None:
             sums[column] = _plus(sums[column], tile_sums)
         for name, tally in tallies.items():
@@ -192,7 +192,7 @@ def count_violations(source: Source, betas: tuple[float, ...]) -> tuple[np.ndarr
         pending = [
             _violations(base, hypotheses, jnp.full_like(tile.beta, beta), real) for beta in betas
         ]
-        counts += np.stack(jax.device_get(pending))
+        counts += np.stack([np.asarray(x) for x in pending])
     return counts[:, 0], counts[:, 1]
 
 

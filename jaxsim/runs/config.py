@@ -35,7 +35,7 @@ class RunConfig:
     """Which array of the input is the reward."""
     family: Family = field(default_factory=Family)
     audit: int = 20_000
-    """How many of the instances also undergo the audit of the claims that are identities."""
+    """How many of the instances are also audited: every claim judged, not only Theorem 2's."""
     confirm: int = 10_000
     """How many instances are solved by gradient descent, to confirm the closed form."""
     atlas: int = 20_000

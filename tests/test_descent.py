@@ -1,0 +1,343 @@
+"""Descent on eq. (1): it converges where it says so, and says so nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxsim import (
+    Components,
+    Family,
+    Instance,
+    Rewards,
+    Scalar,
+    Solution,
+    Status,
+    objective,
+    optimal_policy,
+    sample_instances,
+    solve,
+)
+from jaxsim.descent import init, problem
+from jaxsim.engine import loop
+
+ROWS = 64
+FAMILIES = {
+    "dirichlet": Family(outputs=8),
+    "peaked": Family(
+        outputs=8,
+        components=Components(concentration_aligned=0.3, concentration_unaligned=3.0),
+        reward=Rewards(kind="student_t"),
+    ),
+    "sparse": Family(outputs=8, components=Components(kind="sparse"), reward=Rewards(scale=2.0)),
+    "disjoint": Family(
+        outputs=8, components=Components(kind="disjoint"), reward=Rewards(kind="binary")
+    ),
+    "zipf": Family(
+        outputs=8, components=Components(kind="zipf"), reward=Rewards(kind="correlated")
+    ),
+    "bounded": Family(outputs=8, reward=Rewards(kind="bounded")),
+    "bradley_terry": Family(outputs=8, reward=Rewards(kind="bradley_terry")),
+}
+COUNTEREXAMPLE = ([0.0, 1.0, 0.0], [0.5, 0.0, 0.5], [0.0, 3.0, 4.0], 0.5, 1.0)
+SGD, ADAM = optax.sgd(1.0), optax.adam(0.05)
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
+    with jax.enable_x64(request.param == "float64"):
+        yield request.param
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def draw(name: str, dtype: str = "float32", num: int = ROWS) -> Instance:
+    family = replace(
+        FAMILIES[name], dtype=dtype, beta=Scalar(kind="log_uniform", low=0.2, high=10.0)
+    )
+    return sample_instances(jax.random.key(11), family, num)
+
+
+def one(p_a, p_u, r, alpha: float, beta: float, dtype: str = "float32") -> Instance:  # noqa: ANN001
+    """Return an instance padded to eight outputs: one shape, compiled once, serves all tests."""
+    fill = [0.0] * (8 - len(r))
+    p_a, p_u, r = (np.array([*x, *fill], dtype) for x in (p_a, p_u, r))
+    return Instance.from_probs(p_a, p_u, r, alpha, beta)
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def exact_log_policy(instance: Instance) -> np.ndarray:
+    """Log p* in float64 from eq. (1)'s solution, p* ∝ p_ref e^{r/β}."""
+    a, u, r, logit, beta = (
+        np.asarray(getattr(instance, name), np.float64)
+        for name in ("log_p_aligned", "log_p_unaligned", "reward", "logit_alpha", "beta")
+    )
+    a, u = log_softmax(a), log_softmax(u)
+    log_ref = np.logaddexp(
+        a - np.logaddexp(0, -logit)[..., None], u - np.logaddexp(0, logit)[..., None]
+    )
+    return log_softmax(log_ref + r / beta[..., None])
+
+
+def exact_kl(log_policy: np.ndarray, log_optimum: np.ndarray) -> np.ndarray:
+    """KL(π‖p*) in float64 with π renormalised, from terms that are never negative."""
+    inside = np.isfinite(log_policy)
+    log_pi = log_softmax(np.asarray(log_policy, np.float64))
+    u = np.where(inside, log_pi, 0) - np.where(inside, log_optimum, 0)
+    q = np.where(inside, np.exp(log_optimum), 0.0)
+    return np.sum(q * (u * np.exp(u) - np.expm1(u)), axis=-1)
+
+
+def row(instance: Instance, at: int) -> Instance:
+    return jax.tree.map(lambda x: x[at], instance)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_converges(name: str, dtype: str) -> None:
+    batch = draw(name, dtype)
+    solution = solve(batch)
+    tolerance = loop.default_tolerance(np.dtype(dtype))
+    assert np.all(solution.status == Status.CONVERGED)
+    assert solution.log_policy.dtype == dtype and solution.kl.dtype == dtype
+    assert solution.status.dtype == np.int8 and solution.steps.dtype == np.int32
+    kl = exact_kl(np.asarray(solution.log_policy), exact_log_policy(batch))
+    # The policy is given in the instance's dtype: rounding adds (u log π)² to the divergence.
+    assert np.max(kl) <= 1.01 * tolerance
+    assert np.all(solution.kl <= tolerance)
+    rounding = 1e-10 if dtype == "float32" else 1e-20
+    np.testing.assert_allclose(solution.kl, kl, rtol=1e-2, atol=rounding)
+    np.testing.assert_array_equal(solution.gap, batch.beta * solution.kl)
+    outside = (np.asarray(batch.log_p_aligned) == -np.inf) & (
+        np.asarray(batch.log_p_unaligned) == -np.inf
+    )
+    np.testing.assert_array_equal(np.asarray(solution.log_policy) == -np.inf, outside)
+
+
+def test_default_instances_converge(request: pytest.FixtureRequest) -> None:
+    num = 20_000 if request.config.getoption("--slow") else 1000
+    batch = sample_instances(jax.random.key(0), Family(), num)
+    solution = solve(batch)
+    assert np.all(solution.status == Status.CONVERGED)
+    kl = exact_kl(np.asarray(solution.log_policy), exact_log_policy(batch))
+    assert np.max(kl) <= 1.01e-6
+    assert np.median(solution.steps) > 5  # nothing converges by starting at the optimum
+
+
+def test_rows_of_a_batch_equal_each_row_alone(dtype: str) -> None:
+    batch = draw("dirichlet", dtype)
+    together, tolerance = solve(batch), loop.default_tolerance(np.dtype(dtype))
+    for at in range(8):
+        alone = solve(row(batch, at))
+        assert int(alone.status) == int(together.status[at]) == Status.CONVERGED
+        assert alone.kl.shape == () and alone.log_policy.shape == (8,)
+        # Both are within the tolerance of p*: Pinsker bounds each one's total variation.
+        apart = np.abs(np.exp(alone.log_policy) - np.exp(together.log_policy[at])).sum()
+        assert apart <= 2 * np.sqrt(2 * tolerance) + 1e-6
+
+
+def test_batches_longer_than_a_tile_are_cut_and_joined_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch = draw("dirichlet")
+    whole = solve(batch)
+    monkeypatch.setattr(loop, "_TILE", 24)
+    cut = solve(batch)
+    assert cut.kl.shape == (ROWS,) and cut.log_policy.shape == (ROWS, 8)
+    assert np.all(cut.status == whole.status)
+    np.testing.assert_allclose(np.exp(cut.log_policy), np.exp(whole.log_policy), atol=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "batched"),
+    [(SGD, False), (ADAM, False), (optax.lbfgs(), True)],
+    ids=["sgd", "adam", "lbfgs"],
+)
+def test_any_optimizer(optimizer: optax.GradientTransformation, batched: bool) -> None:
+    instance = one([0.1, 0.2, 0.7], [0.6, 0.3, 0.1], [0.0, 1.0, 0.5], 0.4, 0.7)
+    if batched:
+        second = one([0.3, 0.3, 0.4], [0.2, 0.2, 0.6], [1.0, 0.0, 0.2], 0.5, 1.3)
+        instance = jax.tree.map(lambda *x: jnp.stack(x), instance, second)
+    solution = solve(instance, optimizer=optimizer, max_steps=2000)
+    assert np.all(solution.status == Status.CONVERGED), solution
+    kl = exact_kl(np.asarray(solution.log_policy), exact_log_policy(instance))
+    assert np.max(kl) <= 1.01e-6
+    assert np.all(solution.log_policy[..., 3:] == -np.inf)
+
+
+def test_running_out_of_steps_is_said() -> None:
+    solution = solve(one(*COUNTEREXAMPLE), max_steps=1)
+    assert int(solution.status) == Status.OUT_OF_STEPS and int(solution.steps) == 1
+    assert float(solution.kl) > 1e-3
+
+
+def test_a_descent_that_blows_up_is_said() -> None:
+    wild = optax.GradientTransformation(
+        lambda params: optax.EmptyState(),
+        lambda updates, state, params=None: (updates * jnp.inf, state),
+    )
+    solution = solve(one(*COUNTEREXAMPLE), optimizer=wild)
+    assert int(solution.status) == Status.NON_FINITE
+    assert np.all(np.isfinite(solution.log_policy))
+
+
+def _hidden(first: float, second: float, dtype: str) -> Instance:
+    log_p = np.array([first, second, *[-np.inf] * 6], dtype)
+    return Instance.from_log_probs(
+        log_p, log_p, np.array([0.0, 200.0, *[0.0] * 6], dtype), 0.5, 1.0
+    )
+
+
+@pytest.mark.parametrize("second", [-120.0, -100.0])
+@pytest.mark.parametrize(
+    ("optimizer", "steps"), [(None, 1000), (SGD, 2000), (ADAM, 2000)], ids=["rprop", "sgd", "adam"]
+)
+def test_what_underflow_hides_is_stuck_not_converged(
+    second: float, optimizer: optax.GradientTransformation | None, steps: int
+) -> None:
+    solution = solve(_hidden(0.0, second, "float32"), optimizer=optimizer, max_steps=steps)
+    assert int(solution.status) == Status.STUCK
+    assert float(solution.kl) == pytest.approx(200 + second, rel=1e-4)
+
+
+def test_a_tiny_gradient_is_no_proof(x64: None) -> None:
+    """In float64 the gradient is 1e-41 and the variance of the advantage 1e-39, but KL is 100."""
+    solution = solve(_hidden(0.0, -100.0, "float64"), optimizer=SGD, max_steps=50)
+    assert int(solution.status) == Status.OUT_OF_STEPS
+    assert float(solution.kl) == pytest.approx(100, rel=1e-6)
+
+
+def test_the_default_optimizer_finds_what_float64_can_see(x64: None) -> None:
+    solution = solve(_hidden(0.0, -100.0, "float64"))
+    assert int(solution.status) == Status.CONVERGED
+
+
+def test_an_optimal_start_takes_no_step(dtype: str) -> None:
+    p_a, p_u = [0.5, 0.2, 0.3], [0.1, 0.8, 0.1]
+    level = one(p_a, p_u, [7.0, 7.0, 7.0], 0.3, 0.5, dtype)
+    far = one(p_a, p_u, [0.0, 1.0, 2.0], 0.3, 1e9, dtype)
+    for solution in (solve(level), solve(far)):
+        assert int(solution.steps) == 0 and int(solution.status) == Status.CONVERGED
+
+
+@pytest.mark.parametrize("width", [1, 8])
+def test_a_single_output(width: int) -> None:
+    p = np.eye(1, width, dtype=np.float32)[0]
+    solution = solve(Instance.from_probs(p, p, np.arange(width, dtype=np.float32), 0.5, 0.1))
+    assert int(solution.steps) == 0 and int(solution.status) == Status.CONVERGED
+    np.testing.assert_array_equal(np.exp(solution.log_policy), p)
+    assert float(solution.gap) == 0
+
+
+def test_padding_never_gains_mass() -> None:
+    p_a, p_u, r, alpha, beta = COUNTEREXAMPLE
+    plain = solve(Instance.from_probs(p_a, p_u, r, alpha, beta))
+    for beyond in (0.0, 99.0, -1e6):
+        reward = [*r, *[beyond] * 5]
+        solution = solve(one([*p_a, *[0.0] * 5], [*p_u, *[0.0] * 5], reward, alpha, beta))
+        assert int(solution.status) == Status.CONVERGED
+        assert np.all(solution.log_policy[3:] == -np.inf)
+        close = np.exp(solution.log_policy[:3]) - np.exp(plain.log_policy)
+        assert np.max(np.abs(close)) < 3e-3
+
+
+def test_the_certificate_is_the_divergence_to_high_accuracy(x64: None) -> None:
+    """Log E_π e^X, which sees no p*, against KL(π‖p*) from 1 down to 1e-12 nats."""
+    instance = row(draw("dirichlet", "float64", 8), 3)
+    log_optimum = exact_log_policy(instance)
+    task = problem(instance)
+    direction = np.random.default_rng(0).normal(size=8)
+    measure = jax.jit(lambda logits: init(replace_logits(task, logits), optax.sgd(1.0), 1e-6).kl)
+
+    def replace_logits(task, logits):  # noqa: ANN001, ANN202
+        # The start is π = p_ref: p_ref moved by d, with t less d, has the same p*.
+        moved = logits - task.log_p_ref
+        return replace(task, log_p_ref=logits, t=task.t - moved)
+
+    for size in 10.0 ** np.arange(0.0, -6.5, -0.5):
+        logits = log_softmax(log_optimum + size * direction)
+        exact = exact_kl(logits, log_optimum)
+        rough = 1e-14 / size
+        assert float(measure(jnp.asarray(logits))) == pytest.approx(exact, rel=max(1e-9, rough))
+    assert exact < 1e-11
+
+
+def test_the_gradient_is_that_of_the_optimum(x64: None) -> None:
+    batch = draw("dirichlet", "float64")
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=(ROWS, 8)))
+
+    def weigh(function, instance):  # noqa: ANN001, ANN202
+        return jnp.sum(weights * jnp.exp(function(instance)))
+
+    found = jax.grad(partial(weigh, lambda x: solve(x).log_policy))(batch)
+    expected = jax.grad(partial(weigh, optimal_policy))(batch)
+    # The derivative at π in place of p*: apart by their total variation.
+    for name in ("reward", "beta", "logit_alpha", "log_p_aligned", "log_p_unaligned"):
+        got, wanted = np.asarray(getattr(found, name)), np.asarray(getattr(expected, name))
+        assert np.max(np.abs(wanted)) > 1e-3
+        np.testing.assert_allclose(got, wanted, atol=1e-5 * max(1, np.max(np.abs(wanted))))
+
+
+def test_solve_under_jit_equals_solve() -> None:
+    batch = draw("dirichlet")
+    plain, compiled = solve(batch), jax.jit(solve)(batch)
+    assert isinstance(compiled, Solution)
+    assert np.all(plain.status == compiled.status)
+    np.testing.assert_allclose(np.exp(plain.log_policy), np.exp(compiled.log_policy), atol=3e-3)
+
+
+def test_the_same_shapes_compile_once() -> None:
+    solve(draw("dirichlet"))
+    compiled = loop._solve_tile._cache_size()
+    assert compiled > 0
+    for name in ("dirichlet", "zipf", "bounded"):
+        solve(draw(name), tolerance=3e-6)
+    assert loop._solve_tile._cache_size() == compiled
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_bad_max_steps(steps: int) -> None:
+    with pytest.raises(ValueError, match=f"max_steps is {steps}"):
+        solve(one(*COUNTEREXAMPLE), max_steps=steps)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, -1e-6, float("nan")])
+def test_bad_tolerance(tolerance: float) -> None:
+    with pytest.raises(ValueError, match="tolerance is"):
+        solve(one(*COUNTEREXAMPLE), tolerance=tolerance)
+
+
+def test_the_tolerance_is_kept() -> None:
+    batch = draw("dirichlet")
+    loose, tight = solve(batch, tolerance=1e-2), solve(batch, tolerance=1e-5)
+    assert np.all(loose.kl <= 1e-2) and np.all(tight.kl <= 1e-5)
+    assert np.all(loose.steps <= tight.steps) and np.any(loose.kl > 1e-5)
+
+
+def test_the_gap_is_beta_times_the_divergence(x64: None) -> None:
+    """L(p*) - L(p) = β KL(p‖p*) for any policy p."""
+    batch = draw("dirichlet", "float64")
+    random = np.random.default_rng(3).dirichlet(np.full(8, 0.5), ROWS)
+    log_policy = jnp.asarray(np.log(random + 1e-300))
+    log_policy = jax.nn.log_softmax(log_policy, axis=-1)
+    gap = objective(optimal_policy(batch), batch) - objective(log_policy, batch)
+    kl = exact_kl(np.asarray(log_policy), exact_log_policy(batch))
+    np.testing.assert_allclose(gap, np.asarray(batch.beta) * kl, rtol=1e-9, atol=1e-12)
+
+
+def test_a_message_for_every_status() -> None:
+    assert len({status.message for status in Status}) == len(Status)
