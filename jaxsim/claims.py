@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsim.logspace import LOG_ZERO, finite_log, first_where, total, unit_roundoff
+from jaxsim.logspace import LOG_ZERO, AnyArray, finite_log, first_where, total, unit_roundoff
 from jaxsim.theorem import Covariances, Outcome, Verdict, verdict
 from jaxsim.tilting import (
     Centered,
@@ -57,11 +57,11 @@ class Judgement:
 class Tally:
     """A claim's sums over a tile."""
 
-    tried: Int[Array, ""]
-    failed: Int[Array, ""]
-    undecided: Int[Array, ""]
-    worst_margin: Float[Array, ""]
-    worst_row: Int[Array, ""]
+    tried: Int[AnyArray, ""]
+    failed: Int[AnyArray, ""]
+    undecided: Int[AnyArray, ""]
+    worst_margin: Float[AnyArray, ""]
+    worst_row: Int[AnyArray, ""]
 
 
 @dataclass(frozen=True, kw_only=True)

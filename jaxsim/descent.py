@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int8, Int32
 
 from jaxsim.instance import Instance
-from jaxsim.logspace import LOG_ZERO, bregman_kl_term, finite_log, kl_over_outputs, total
+from jaxsim.logspace import LOG_ZERO, AnyArray, bregman_kl_term, finite_log, kl_over_outputs, total
 from jaxsim.tilting import center, log_optimum, log_reference, optimum, tilt
 
 
@@ -56,11 +56,11 @@ class Solution:
         status: `Status` as int8.
     """
 
-    log_policy: Float[Array, "..."]
-    gap: Float[Array, "..."]
-    kl: Float[Array, "..."]
-    steps: Int32[Array, "..."]
-    status: Int8[Array, "..."]
+    log_policy: Float[AnyArray, "..."]
+    gap: Float[AnyArray, "..."]
+    kl: Float[AnyArray, "..."]
+    steps: Int32[AnyArray, "..."]
+    status: Int8[AnyArray, "..."]
 
 
 @jax.tree_util.register_dataclass

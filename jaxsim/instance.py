@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jaxsim.logspace import LOG_ZERO, unit_roundoff
+from jaxsim.logspace import LOG_ZERO, AnyArray, unit_roundoff
 
 
 @jax.tree_util.register_dataclass
@@ -34,11 +34,11 @@ class Instance:
         beta: β > 0, the price of one nat of KL divergence in units of reward.
     """
 
-    log_p_aligned: Float[Array, "..."]
-    log_p_unaligned: Float[Array, "..."]
-    reward: Float[Array, "..."]
-    logit_alpha: Float[Array, "..."]
-    beta: Float[Array, "..."]
+    log_p_aligned: Float[AnyArray, "..."]
+    log_p_unaligned: Float[AnyArray, "..."]
+    reward: Float[AnyArray, "..."]
+    logit_alpha: Float[AnyArray, "..."]
+    beta: Float[AnyArray, "..."]
 
     @property
     def alpha(self) -> Float[Array, " *batch"]:

@@ -6,10 +6,19 @@ same code then serves both, and on CPU the sums over outputs run across SIMD lan
 `-inf`; all functions have finite values and gradients there.
 """
 
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
+
+# What the fields of instances and results may hold: JAX arrays, or NumPy's once fetched.
+if TYPE_CHECKING:
+    AnyArray = Array
+else:
+    AnyArray = Array | np.ndarray
 
 # A log-probability that stands for zero mass inside the kernels: finite, so that differences of two
 # of them are not nan and gradients vanish, and far below the log of any mass a user can name.

@@ -103,16 +103,20 @@ def _log_mean_exp(p: np.ndarray, t: np.ndarray) -> float:
     return float(top + np.log(np.exp(exponent - top).sum()))
 
 
+def _hypotheses_hold(x: Example) -> bool:
+    """Whether Cov(r, p_A) > 0 > Cov(r, p_U), by more than rounding could feign."""
+    scale = np.ptp(x.reward) * 1e-6
+    return x.covariance(x.p_aligned) > scale and x.covariance(x.p_unaligned) < -scale
+
+
 def theorem_2_depth(x: Example) -> float:
     """Return -Δ where the hypotheses of Theorem 2 hold, by a clear margin; else -1."""
-    scale = np.ptp(x.reward) * 1e-6
-    aligned, unaligned = x.covariance(x.p_aligned), x.covariance(x.p_unaligned)
-    return -x.log_odds_shift if aligned > scale and unaligned < -scale else -1.0
+    return -x.log_odds_shift if _hypotheses_hold(x) else -1.0
 
 
 def correlation_depth(x: Example) -> float:
     """Return how far e^{r/β} has lost a correlation that r has; else -1."""
-    if x.covariance(x.p_aligned) <= 0 or x.covariance(x.p_unaligned) >= 0:
+    if not _hypotheses_hold(x):
         return -1.0
     t = x.reward / x.beta
     mean = _log_mean_exp(np.full(t.size, 1 / t.size), t)
@@ -151,15 +155,15 @@ def shrink(example: Example, depth: Callable[[Example], float]) -> Example:
         raise ValueError(f"the instance does not fail clearly: its depth is {depth(example):.2g}")
     example = _drop_chunks(example, depth, threshold)
     while True:
-        smaller = [x for x in _smaller(example) if depth(x) > threshold]
-        if not smaller:
+        while smaller := [x for x in _smaller(example) if depth(x) > threshold]:
+            example = max(smaller, key=depth)
+        rounded = [x for digits in (1, 2, 3) if (x := _rounded(example, digits)) is not None]
+        simple = next((x for x in rounded if depth(x) > threshold), None)
+        if simple is None:
             break
-        example = max(smaller, key=depth)
-    for digits in (1, 2, 3):
-        rounded = _rounded(example, digits)
-        if rounded is not None and depth(rounded) > threshold:
-            example = rounded
-            break
+        example = simple
+        if not any(depth(x) > threshold for x in _smaller(example)):
+            break  # else rounding has made room to drop or merge once more
     order = np.argsort(example.reward, kind="stable")
     return _select(example, order)
 

@@ -276,7 +276,9 @@ def _source(path: str, found: list[str], arrays: _Arrays, reward: str, dtype: st
         if name in _PER_INSTANCE:
             numeric[name] = array.astype(np.float64)
         else:
-            numeric[name] = _rounded(path, name, array, dtype)
+            # A probability near 1 is not rounded to 1: the constructor takes its log-odds first.
+            keep = name == "aligned_given_output" and array.dtype == np.float64
+            numeric[name] = array if keep else _rounded(path, name, array, dtype)
             if array.ndim == 1:
                 numeric[name] = numeric[name][None]
     r = numeric.pop(reward)
@@ -294,6 +296,7 @@ def _source(path: str, found: list[str], arrays: _Arrays, reward: str, dtype: st
     except ValueError as error:
         message = re.sub(r"\breward\b", lambda _: reward, str(error))
         raise ValueError(f"{path}: {message}") from None
+    instance = jax.tree.map(lambda x: jnp.asarray(x, dtype), instance)
     num, width = instance.reward.shape
     prompts = _texts(path, arrays, "prompt", (num,))
     texts = _texts(path, arrays, "output", (num, width))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from jaxsim.instance import Instance
-from jaxsim.logspace import LOG_ZERO, total, unit_roundoff
+from jaxsim.logspace import LOG_ZERO, AnyArray, total, unit_roundoff
 from jaxsim.tilting import Centered, Component, Tilt, TiltedComponent, center, tilt
 
 
@@ -40,12 +40,12 @@ class Verdict:
         conclusion: `Outcome` (int8) of Δ > 0; TIE where TPM(A) = α exactly.
     """
 
-    covariance_aligned: Float[Array, "..."]
-    covariance_unaligned: Float[Array, "..."]
-    log_odds_shift: Float[Array, "..."]
-    hypothesis_aligned: Int8[Array, "..."]
-    hypothesis_unaligned: Int8[Array, "..."]
-    conclusion: Int8[Array, "..."]
+    covariance_aligned: Float[AnyArray, "..."]
+    covariance_unaligned: Float[AnyArray, "..."]
+    log_odds_shift: Float[AnyArray, "..."]
+    hypothesis_aligned: Int8[AnyArray, "..."]
+    hypothesis_unaligned: Int8[AnyArray, "..."]
+    conclusion: Int8[AnyArray, "..."]
 
     @property
     def hypotheses_hold(self) -> Array:

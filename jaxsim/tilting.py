@@ -23,7 +23,15 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxsim.instance import Instance
-from jaxsim.logspace import LOG_ZERO, bregman_kl_term, finite_log, first_where, total, two_sum
+from jaxsim.logspace import (
+    LOG_ZERO,
+    AnyArray,
+    bregman_kl_term,
+    finite_log,
+    first_where,
+    total,
+    two_sum,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -41,13 +49,13 @@ class Evaluation:
         objective: L(p*) = β log Z, the maximum of eq. (1), in units of reward.
     """
 
-    log_z: Float[Array, "..."]
-    log_tpm_aligned: Float[Array, "..."]
-    log_tpm_unaligned: Float[Array, "..."]
-    log_odds_shift: Float[Array, "..."]
-    kl: Float[Array, "..."]
-    expected_reward: Float[Array, "..."]
-    objective: Float[Array, "..."]
+    log_z: Float[AnyArray, "..."]
+    log_tpm_aligned: Float[AnyArray, "..."]
+    log_tpm_unaligned: Float[AnyArray, "..."]
+    log_odds_shift: Float[AnyArray, "..."]
+    kl: Float[AnyArray, "..."]
+    expected_reward: Float[AnyArray, "..."]
+    objective: Float[AnyArray, "..."]
 
 
 @jax.tree_util.register_dataclass
@@ -60,8 +68,8 @@ class MixtureWeights:
         unaligned: log α_U(y) = log(1-α) + r/β - log Z, [outputs].
     """
 
-    aligned: Float[Array, "..."]
-    unaligned: Float[Array, "..."]
+    aligned: Float[AnyArray, "..."]
+    unaligned: Float[AnyArray, "..."]
 
 
 @jax.tree_util.register_dataclass

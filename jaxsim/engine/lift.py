@@ -3,28 +3,49 @@
 Users' arrays are [instances, outputs]; the kernels take tiles [outputs, instances].
 """
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
 
 from jaxsim import theorem, tilting
 from jaxsim.instance import Instance
+from jaxsim.sources import tile_size
 
 
 def lift(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a kernel accept one instance, or a batch with one leading axis."""
+    """Make a kernel accept one instance, or a batch with one leading axis.
+
+    A large batch runs in tiles, one after another, so that what is in between stays in the cache.
+    """
+    parameters = inspect.signature(function)
     single = jax.jit(function)
 
     @jax.jit
     def batched(*args: Any) -> Any:
-        tile = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), args)
-        return jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), function(*tile))
+        num, outputs = args[-1].reward.shape
+        size = min(tile_size(outputs), num)
+        fill = -num % size
+
+        def cut(x: Array) -> Array:
+            padded = jnp.pad(x, [(0, fill)] + [(0, 0)] * (x.ndim - 1), mode="edge")
+            return jnp.moveaxis(padded.reshape(-1, size, *x.shape[1:]), 1, -1)
+
+        def join(x: Array) -> Array:
+            rows = jnp.moveaxis(x, -1, 1)
+            return rows.reshape(-1, *rows.shape[2:])[:num]
+
+        tiles = jax.tree.map(cut, args)
+        return jax.tree.map(join, lax.map(lambda tile: function(*tile), tiles))
 
     @wraps(function)
-    def public(*args: Any) -> Any:
+    def public(*args: Any, **keywords: Any) -> Any:
+        args = parameters.bind(*args, **keywords).args
         rank = _batch_rank(function.__name__, args)
         return (batched if rank else single)(*args)
 

@@ -27,15 +27,19 @@ _UNUSED = {
 }
 
 
-def _check_unused(section: Any, name: str) -> None:
-    """Refuse a setting that its kind ignores, rather than ignore it silently."""
+def _check_unused(section: Any, name: str, family_default: Any = None) -> None:
+    """Refuse a setting that its kind ignores, rather than ignore it silently.
+
+    What a family's own default sets (`family_default`) may stay when another kind is chosen.
+    """
     if section.kind not in _UNUSED:
         raise ValueError(f"{name}.kind is {section.kind!r}; see the documentation for the kinds")
     for item in fields(section):
-        if item.name in _UNUSED[section.kind] and getattr(section, item.name) != item.default:
+        value = getattr(section, item.name)
+        kept = (item.default, getattr(family_default, item.name, item.default))
+        if item.name in _UNUSED[section.kind] and value not in kept:
             raise ValueError(
-                f"{name}.{item.name} is {getattr(section, item.name)}, "
-                f"but {name}.kind = {section.kind!r} does not use it"
+                f"{name}.{item.name} is {value}, but {name}.kind = {section.kind!r} does not use it"
             )
 
 
@@ -120,9 +124,9 @@ class Scalar:
     values: tuple[float, ...] = ()
     """grid: the values, each as likely."""
 
-    def check(self, name: str, upper: float) -> None:
+    def check(self, name: str, upper: float, default: "Scalar") -> None:
         """Refuse values outside (10^-30, `upper`), which float32 might take for 0 or infinity."""
-        _check_unused(self, name)
+        _check_unused(self, name, default)
         if self.kind == "grid":
             _check(len(self.values) > 0, f"{name}.values", "empty", "at least one value")
             inside = [f"{name}.values[{i}]" for i in range(len(self.values))]
@@ -141,6 +145,7 @@ class Scalar:
 
 
 _DEFAULT_ALPHA = Scalar(kind="uniform", low=0.0, high=1.0)
+_DEFAULT_BETA = Scalar(kind="log_uniform", low=0.05, high=10.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,14 +163,14 @@ class Family:
     components: Components = field(default_factory=Components)
     reward: Rewards = field(default_factory=Rewards)
     alpha: Scalar = _DEFAULT_ALPHA
-    beta: Scalar = field(default_factory=lambda: Scalar(kind="log_uniform", low=0.05, high=10.0))
+    beta: Scalar = _DEFAULT_BETA
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of all arrays; float64 needs JAX's 64-bit mode (the command line turns it on)."""
 
     def __post_init__(self) -> None:
         _check(1 <= self.outputs <= 2**20, "family.outputs", self.outputs, "1 to 1048576")
-        self.alpha.check("alpha", 1.0)
-        self.beta.check("beta", _GREATEST)
+        self.alpha.check("alpha", 1.0, _DEFAULT_ALPHA)
+        self.beta.check("beta", _GREATEST, _DEFAULT_BETA)
         _check(self.dtype in ("float32", "float64"), "dtype", self.dtype, "float32 or float64")
         kind = self.components.kind
         if kind == "zipf" and self.alpha != _DEFAULT_ALPHA:

@@ -55,6 +55,13 @@ class RunConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value}; expected {low} to {high}")
+        if self.input:
+            for name in ("instances", "family"):
+                value, default = getattr(self, name), getattr(RunConfig, name, None)
+                if name == "family":
+                    default = Family(dtype=value.dtype)
+                if value != default:
+                    raise ValueError(f"{name} is set, but the input {self.input!r} settles it")
         for at, beta in enumerate(self.betas):
             if not 0 < beta < math.inf:
                 raise ValueError(f"betas[{at}] is {beta}; expected a finite number > 0")
