@@ -1,5 +1,7 @@
 """Random variables from random words, in either dtype, by array operations that XLA vectorises."""
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt32
@@ -120,7 +122,7 @@ def log_gamma_variate(
         v = (1 + c * x) ** 3
         log_v = jnp.log(jnp.where(v > 0, v, 1.0))
         ok = (v > 0) & (jnp.log(u) < 0.5 * x * x + d * (1 - v + log_v))
-        log_g = jnp.where(ok & ~accepted, jnp.log(d) + log_v, log_g)
+        log_g = jnp.where(ok & ~accepted, math.log(d) + log_v, log_g)
         return number + 1, log_g, accepted | ok
 
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
