@@ -71,7 +71,7 @@ class Claim:
     Attributes:
         name: its key in tables and files.
         statement: what the paper says, in the paper's symbols.
-        margin_is: what the margin measures, with its unit.
+        margin_is: what the margin measures, with its unit; below zero the claim fails.
         judge: the judgement on a tile; None for the one that needs descent.
         everywhere: judged on all instances rather than on the audited part.
     """
@@ -177,12 +177,12 @@ def _lemma_1(c: Case) -> Judgement:
 def _supports(c: Case) -> Judgement:
     base, log_p = c.tilt.base, log_optimum(c.tilt, c.optimum)
     in_reference = jnp.maximum(base.aligned.log_p, base.unaligned.log_p) > LOG_ZERO
-    kept = jnp.all(jnp.isfinite(log_p) == in_reference, axis=0)
-    smallest = jnp.min(jnp.where(c.tilt.base.support, log_p, 0.0), axis=0)
+    changed = (jnp.isfinite(log_p) != in_reference).astype(log_p.dtype)
+    margin = -total(changed)[0]
     return Judgement(
         applies=c.counted,
-        margin=smallest,
-        failed=~kept,
+        margin=margin,
+        failed=margin < 0,
         undecided=jnp.zeros_like(c.counted),
     )
 
@@ -194,7 +194,7 @@ def _strict(c: Case) -> Judgement:
     excess = jnp.abs((jnp.exp(log_tpm_a) - 0.5) + (jnp.exp(log_tpm_u) - 0.5))
     return Judgement(
         applies=c.counted,
-        margin=smaller,
+        margin=jnp.exp(smaller),
         failed=~(jnp.isfinite(smaller) & (smaller < 0) & (excess <= _rounding(c))),
         undecided=jnp.zeros_like(c.counted),
     )
@@ -252,12 +252,12 @@ def _take_back(c: Case) -> Judgement:
 def _not_expunged(c: Case) -> Judgement:
     """Log TPM(U) against its sharp lower bound (1-α)/(1-α+α e^R), R = (max r - min r)/β."""
     bound = jax.nn.log_sigmoid(-(c.tilt.base.logit_alpha[0] + c.tilt.spread[0]))
-    margin = c.evaluation.log_tpm_unaligned - bound
+    margin = c.evaluation.log_tpm_unaligned - bound + _rounding(c)
     kept = jnp.all(jnp.isfinite(c.optimum.log_ratio) | ~c.tilt.base.support, axis=0)
     return Judgement(
         applies=c.counted,
         margin=margin,
-        failed=~(margin >= -_rounding(c)) | ~kept,
+        failed=~(margin >= 0) | ~kept,
         undecided=jnp.zeros_like(c.counted),
     )
 
@@ -280,14 +280,14 @@ CLAIMS = (
     Claim(
         name="equal_supports",
         statement="p* and p_ref have the same support",
-        margin_is="least log p* on the support, nats",
+        margin_is="less the outputs gained or lost",
         judge=_supports,
         everywhere=False,
     ),
     Claim(
         name="tpm_strictly_inside",
         statement="TPM(A) < 1 and TPM(U) > 0 (Theorem 2, strict part)",
-        margin_is="least log TPM, nats",
+        margin_is="least TPM of either part",
         judge=_strict,
         everywhere=True,
     ),
@@ -329,7 +329,7 @@ CLAIMS = (
     Claim(
         name="unaligned_stays_possible",
         statement="outputs of U are never expunged: TPM(U) ≥ (1-α)/(1-α+α e^{range r/β})",
-        margin_is="log TPM(U) less its bound, nats",
+        margin_is="log TPM(U) less its bound, plus rounding allowance, nats",
         judge=_not_expunged,
         everywhere=False,
     ),

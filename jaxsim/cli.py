@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+import jaxsim
 from jaxsim.runs.config import DEFAULT_BETAS, RunConfig, load
 
 if TYPE_CHECKING:
@@ -81,6 +82,9 @@ class Doctor:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv == ["--version"]:
+        print(f"prefshift {jaxsim.__version__}")
+        return 0
     try:
         command = _parse(argv)
         return _DO[type(command)](command, argv)

@@ -221,7 +221,7 @@ def _merged(example: Example, i: int, j: int) -> Example:
     p_a[i] += p_a[j]
     p_u[i] += p_u[j]
     names = list(example.names)
-    names[i] = f"{names[i]} + {names[j]}"
+    names[i] = _joined(names[i], names[j])
     joined = replace(example, p_aligned=p_a, p_unaligned=p_u, reward=reward, names=tuple(names))
     return _select(joined, np.delete(np.arange(reward.size), j))
 
@@ -239,3 +239,16 @@ def _rounded(example: Example, digits: int) -> Example | None:
         return None
     reward = np.round(example.reward - example.reward.min(), digits)
     return replace(example, p_aligned=p_a, p_unaligned=p_u, reward=reward, alpha=0.5)
+
+
+def _joined(one: str, other: str) -> str:
+    """Name a merged output by its first two parts and the number of the others."""
+    parts: list[str] = []
+    more = 0
+    for part in f"{one} + {other}".split(" + "):
+        if part.endswith(" more") and part[:-5].isdigit():
+            more += int(part[:-5])
+        else:
+            parts.append(part)
+    more += max(0, len(parts) - 2)
+    return " + ".join(parts[:2]) + (f" + {more} more" if more else "")

@@ -169,7 +169,11 @@ def read(path: str, *, reward: str = "reward", dtype: str = "float32") -> ArrayS
         location = resources.files("jaxsim") / "data" / BUILT_IN[path]
     reader = {".npz": _read_npz, ".parquet": _read_parquet}.get(Path(location.name).suffix.lower())
     if reader is None:
-        raise ValueError(f"{path}: expected a file that ends in .npz or .parquet")
+        known = ", ".join(BUILT_IN)
+        raise ValueError(
+            f"{path}: expected a file that ends in .npz or .parquet, "
+            f"or a built-in data set: {known}"
+        )
     if not location.is_file():
         if location.is_dir():
             raise IsADirectoryError(f"{path}: expected a file, found a directory")

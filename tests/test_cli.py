@@ -118,7 +118,7 @@ def test_verdicts_on_the_claims(full: Path) -> None:
     example = json.loads((full / "counterexample.json").read_text())
     assert example["covariance_aligned"] > 0 > example["covariance_unaligned"]
     assert example["tpm_aligned"] < example["alpha"]
-    assert len(example["names"]) < example["outputs_before"] == 32
+    assert len(example["names"]) < example["found"]["outputs"] == 32
 
 
 def test_same_seed_gives_the_same_bytes(

@@ -52,7 +52,11 @@ def alpha_to_tpm(columns: Columns) -> Figure:
     center = (_LEFT + (across * side + gaps) / 2) / width
     figure.text(0.04 / width, low, "TPM(A) (probability mass)", rotation=90, va="center", ha="left")
     figure.text(
-        center, 0.05 / height, "α (probability mass before tuning)", va="bottom", ha="center"
+        center,
+        0.05 / height,
+        "α before tuning (the shift Δ does not depend on α)",
+        va="bottom",
+        ha="center",
     )
     diagonal = Line2D([], [], color=INK, linestyle=(0, (4, 2)), linewidth=0.9, label="TPM(A) = α")
     median, inner, outer = bands_key()

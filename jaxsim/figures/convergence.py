@@ -68,7 +68,14 @@ def convergence(columns: Columns, facts: Mapping[str, Any] | None = None) -> Fig
         axes.set_title(name(optimizer, int(wide / 0.066)), pad=3)
     middle = (_BOTTOM + height - top) / 2 / height
     center = (_LEFT + width - _RIGHT) / 2 / width
-    figure.text(0.04 / width, middle, "KL(π ‖ p*) (nats)", rotation=90, va="center", ha="left")
+    figure.text(
+        0.04 / width,
+        middle,
+        "smallest KL(π ‖ p*) so far (nats)",
+        rotation=90,
+        va="center",
+        ha="left",
+    )
     figure.text(center, 0.05 / height, "optimiser steps", va="bottom", ha="center")
     handles = [
         Line2D([], [], color=ALIGNED, label="median instance"),

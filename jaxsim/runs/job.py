@@ -107,7 +107,7 @@ def run(
         report.stage("evaluating", source.num)
         totals = stream(source, config.betas, audit=config.audit, progress=report.progress)
         evaluated = time.time()
-        report.stage("confirming by descent, mapping violations", 0)
+        report.stage("confirming by descent", 0)
         solved, convergence = confirming.result()
         cells = mapping.result()
     finally:
@@ -266,7 +266,8 @@ def _convergence(batch: Instance) -> dict[str, list[Any]]:
     }
     traced = jax.tree.map(lambda x: np.asarray(x)[:_TRACED], batch)
     for name, kl in traces(traced, _TRACE_STEPS).items():
-        for step, row in enumerate(kl, start=1):
+        # `solve` stops at the first step that meets its tolerance; so does what is drawn.
+        for step, row in enumerate(np.minimum.accumulate(kl, axis=0), start=1):
             q05, q50, q95 = np.quantile(row, [0.05, 0.5, 0.95], method="lower")
             values = (name, step, float(q05), float(q50), float(q95), float(row.max()))
             for key, value in zip(columns, values, strict=True):
@@ -325,8 +326,17 @@ def _shrunk(source: sources.Source, claim: str, found: ClaimTotal) -> dict[str, 
         return None
     return smaller.to_json() | {
         "claim": claim,
-        "name": _where(source, found),
-        "outputs_before": int(example.reward.size),
+        "name": f"simplified from {_where(source, found)}",
+        "found": {
+            "name": _where(source, found),
+            "outputs": int(example.reward.size),
+            "alpha": example.alpha,
+            "log_odds_shift": example.log_odds_shift,
+            "tpm_aligned": example.tpm_aligned,
+            "log_z": example.log_z,
+            "covariance_aligned": example.covariance(example.p_aligned),
+            "covariance_unaligned": example.covariance(example.p_unaligned),
+        },
     }
 
 
@@ -386,16 +396,17 @@ def claims_markdown(rows: list[ClaimRow]) -> str:
 
 
 def counterexample_lines(statement: str, example: dict[str, Any]) -> list[str]:
-    """Return a counterexample as Markdown that a reader can check by hand."""
+    """Return a counterexample as Markdown: as it was found, and simplified to check by hand."""
+    found = example["found"]
     lines = [
         f"Counterexample to: {statement}",
         "",
-        f"{example['name']}, shrunk from {example['outputs_before']} outputs to "
-        f"{len(example['names'])}. β = {example['beta']:g}, α = {example['alpha']:.4g}; "
-        f"Cov(r, p_A) = {example['covariance_aligned']:.4g}, "
-        f"Cov(r, p_U) = {example['covariance_unaligned']:.4g}, "
-        f"Δ = {example['log_odds_shift']:.4g}, TPM(A) = {example['tpm_aligned']:.4g}, "
-        f"log Z = {example['log_z']:.4g}.",
+        f"Found: {found['name']}, {found['outputs']} outputs, α = {found['alpha']:.4g}: "
+        f"{_numbers(found)}.",
+        "",
+        "Simplified from it, another instance that still fails (outputs dropped and merged, "
+        f"rewards shifted, numbers rounded where it fails still): β = {example['beta']:g}, "
+        f"α = {example['alpha']:.4g}: {_numbers(example)}.",
         "",
         "| output | r | p_A | p_U | p_ref | p* |",
         "|---|---:|---:|---:|---:|---:|",
@@ -405,3 +416,12 @@ def counterexample_lines(statement: str, example: dict[str, Any]) -> list[str]:
         cells = " | ".join(f"{example[c][at]:.4g}" for c in columns)
         lines.append(f"| {name.replace('|', '/')} | {cells} |")
     return lines
+
+
+def _numbers(facts: dict[str, Any]) -> str:
+    return (
+        f"Cov(r, p_A) = {facts['covariance_aligned']:.4g}, "
+        f"Cov(r, p_U) = {facts['covariance_unaligned']:.4g}, "
+        f"Δ = {facts['log_odds_shift']:.4g}, TPM(A) = {facts['tpm_aligned']:.4g}, "
+        f"log Z = {facts['log_z']:.4g}"
+    )
