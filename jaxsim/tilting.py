@@ -181,7 +181,9 @@ def tilt(base: Centered, beta: Float[Array, " *tile"]) -> Tilt:
         exponent, rounding = two_sum(part.log_p, t)
         peak = lax.stop_gradient(jnp.max(exponent, axis=0, keepdims=True))
         weight = jnp.exp(exponent - peak)
-        weight = weight + weight * jnp.where(part.log_p > LOG_ZERO, rounding, 0.0)
+        # e^{rounding} to first order. Where |t| is so large that it exceeds ½, all is rounding.
+        rest = jnp.where(part.log_p > LOG_ZERO, jnp.clip(rounding, -0.5, 0.5), 0.0)
+        weight = weight + weight * rest
         weight_total = total(weight)
         mean_weight, mean_growth = weight_total / part.total, total(part.p * growth)
         wide_cumulant = _log_scaled(mean_weight, peak)

@@ -249,6 +249,14 @@ def test_gradients_are_finite_at_zero_mass(kind: int) -> None:
         assert np.all(np.isfinite(leaf))
 
 
+def test_enormous_tilts_stay_finite() -> None:
+    """At |r|/β of 1e7 and more, rounding of log p + r/β exceeds what its correction may add."""
+    for scale in (1e6, 1e9, 1e20):
+        b = Instance(**(vars(batch()) | {"beta": jnp.full(64, 1 / scale)}))
+        for leaf in jax.tree.leaves(jaxsim.evaluate(b)):
+            assert np.all(np.isfinite(leaf))
+
+
 def test_shapes_are_checked() -> None:
     b = batch(0, 5)
     with pytest.raises(ValueError, match=r"beta has shape \(4,\)"):

@@ -299,7 +299,7 @@ def _claim_rows(totals: Totals, source: sources.Source, solved: dict[str, Any]) 
                 tried=found.tried,
                 failed=found.failed,
                 undecided=found.undecided,
-                worst_margin=found.worst_margin if found.tried else None,
+                worst_margin=found.worst_margin if math.isfinite(found.worst_margin) else None,
                 margin_is=claim.margin_is,
                 worst_case=_where(source, found),
                 counterexample=example,
