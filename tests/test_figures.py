@@ -117,7 +117,12 @@ SMALL: dict[str, tuple[Callable[[], Figure], set[str]]] = {
     ),
     "alpha_to_tpm": (
         lambda: figures.alpha_to_tpm(alphas(BETAS)),
-        {"TPM(A) (probability mass)", "α (probability mass before tuning)", "TPM(A) = α", "β = 10"},
+        {
+            "TPM(A) (probability mass)",
+            "α before tuning (the shift Δ does not depend on α)",
+            "TPM(A) = α",
+            "β = 10",
+        },
     ),
     "violations": (
         lambda: figures.violations(shares([2.0, 8.0], BETAS)),
@@ -125,7 +130,13 @@ SMALL: dict[str, tuple[Callable[[], Figure], set[str]]] = {
     ),
     "convergence": (
         lambda: figures.convergence(descent(["adam"], [0.0, 9.0]), {"tolerance": 1e-6}),
-        {"KL(π ‖ p*) (nats)", "optimiser steps", "adam", "tolerance, 10⁻⁶ nats", "0"},
+        {
+            "smallest KL(π ‖ p*) so far (nats)",
+            "optimiser steps",
+            "adam",
+            "tolerance, 10⁻⁶ nats",
+            "0",
+        },
     ),
     "counterexample": (
         lambda: figures.counterexample(outputs(3), FACTS),
