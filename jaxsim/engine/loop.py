@@ -125,9 +125,9 @@ def descent_trace(
 
 
 def traces(instance: Instance, steps: int) -> dict[str, np.ndarray]:
-    """Record descent on a batch by the default optimiser and by Adam; arrays [steps, instances]."""
+    """Record descent on a batch, by name of the optimiser; arrays [steps, instances]."""
     tile = _tiles(instance, instance.reward.shape[0])[0]
-    optimizers = {"Rprop (default)": DEFAULT_OPTIMIZER, "Adam, rate 0.1": optax.adam(0.1)}
+    optimizers = {"Rprop (default)": DEFAULT_OPTIMIZER}
     return {
         name: np.asarray(descent_trace(tile, optimizer, steps))
         for name, optimizer in optimizers.items()

@@ -34,13 +34,13 @@ class RunConfig:
     reward: str = "reward"
     """Which array of the input is the reward."""
     family: Family = field(default_factory=Family)
-    audit: int = 20_000
+    audit: int = 8_000
     """How many of the instances are also audited: every claim judged, not only Theorem 2's."""
     confirm: int = 10_000
     """How many instances are solved by gradient descent, to confirm the closed form."""
     atlas: int = 20_000
     """Instances for each number of outputs in the map of violations; 0 leaves it out."""
-    atlas_outputs: tuple[int, ...] = (2, 3, 8, 32, 128)
+    atlas_outputs: tuple[int, ...] = (3, 8, 32, 128)
     """Numbers of outputs in that map."""
 
     def __post_init__(self) -> None:
