@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from jaxsim.families.spec import Scalar as Scalar
     from jaxsim.instance import Instance as Instance
     from jaxsim.logspace import kl_divergence as kl_divergence
-    from jaxsim.theorem import Outcome as Outcome
-    from jaxsim.theorem import Verdict as Verdict
+    from jaxsim.theorem.certify import certify as certify
+    from jaxsim.theorem.verdict import Outcome as Outcome
+    from jaxsim.theorem.verdict import Verdict as Verdict
     from jaxsim.tilting import Evaluation as Evaluation
     from jaxsim.tilting import MixtureWeights as MixtureWeights
     from jaxsim.tilting import take_back_logits as take_back_logits
@@ -37,12 +38,13 @@ _HOME = {
     "Family": "families.spec",
     "Instance": "instance",
     "MixtureWeights": "tilting",
-    "Outcome": "theorem",
+    "Outcome": "theorem.verdict",
     "Rewards": "families.spec",
     "Scalar": "families.spec",
     "Solution": "descent",
     "Status": "descent",
-    "Verdict": "theorem",
+    "Verdict": "theorem.verdict",
+    "certify": "theorem.certify",
     "evaluate": "engine.lift",
     "kl_divergence": "logspace",
     "mixture_weights": "engine.lift",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsim.logspace import LOG_ZERO, AnyArray, finite_log, first_where, total, unit_roundoff
-from jaxsim.theorem import Covariances, Outcome, Verdict, verdict
+from jaxsim.theorem.verdict import Covariances, Outcome, Verdict, verdict
 from jaxsim.tilting import (
     Centered,
     Evaluation,

@@ -24,7 +24,7 @@ else:
 # of them are not nan and gradients vanish, and far below the log of any mass a user can name.
 LOG_ZERO = -1e30
 
-_BLOCK = 16
+BLOCK = 16
 
 
 def unit_roundoff(dtype: jnp.dtype) -> float:
@@ -43,10 +43,10 @@ def total(x: Float[Array, " outputs *tile"]) -> Float[Array, " 1 *tile"]:
     A plain sum on CPU adds one term after another, which at 4,096 terms may cost thousands of units
     of roundoff. The barrier keeps XLA from merging the levels into one such sum.
     """
-    while x.shape[0] > _BLOCK:
-        blocks = -(-x.shape[0] // _BLOCK)
-        x = jnp.pad(x, [(0, blocks * _BLOCK - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-        x = lax.optimization_barrier(x.reshape(_BLOCK, blocks, *x.shape[1:]).sum(axis=0))
+    while x.shape[0] > BLOCK:
+        blocks = -(-x.shape[0] // BLOCK)
+        x = jnp.pad(x, [(0, blocks * BLOCK - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+        x = lax.optimization_barrier(x.reshape(BLOCK, blocks, *x.shape[1:]).sum(axis=0))
     return x.sum(axis=0, keepdims=True)
 
 

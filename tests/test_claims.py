@@ -22,7 +22,7 @@ from jaxsim.engine.stream import BIN_EDGES, ClaimTotal, Totals, count_violations
 from jaxsim.families.counter import key_words
 from jaxsim.runs.job import clopper_pearson
 from jaxsim.sources import ArraySource, FamilySource, tile_size
-from jaxsim.theorem import covariances
+from jaxsim.theorem.verdict import covariances
 from jaxsim.tilting import center
 
 KEY = jax.random.key(5)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsim import theorem, tilting
+from jaxsim import tilting
 from jaxsim.instance import Instance
 from jaxsim.sources import tile_size
+from jaxsim.theorem import verdict
 
 
 def lift(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,4 +86,4 @@ optimal_policy = lift(tilting.optimal_policy)
 mixture_weights = lift(tilting.mixture_weights)
 objective = lift(tilting.objective)
 tpm = lift(tilting.tpm)
-theorem2 = lift(theorem.theorem2)
+theorem2 = lift(verdict.theorem2)

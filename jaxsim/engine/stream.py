@@ -18,7 +18,7 @@ from jaxsim import claims
 from jaxsim.instance import Instance
 from jaxsim.logspace import total
 from jaxsim.sources import Source
-from jaxsim.theorem import Covariances, Outcome, covariances, verdict
+from jaxsim.theorem.verdict import Covariances, Outcome, covariances, verdict
 from jaxsim.tilting import Centered, center, tilt
 
 # Histogram of log-odds: 800 bins of 0.05 from -20 to 20, and one for all beyond on either side.

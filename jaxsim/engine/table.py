@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxsim.claims import case
 from jaxsim.sources import ArraySource
-from jaxsim.theorem import covariances
+from jaxsim.theorem.verdict import covariances
 from jaxsim.tilting import center
 
 

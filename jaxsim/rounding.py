@@ -1,0 +1,175 @@
+"""The arithmetic that certified verdicts rest on, and the command that checks it on a backend.
+
+Assumed of float32, u = 2^-24: +, - and × are rounded to nearest (or fused), a quotient is off by at
+most `QUOTIENT` u, and exp, expm1, log and log1p by at most the multiples of u below, relatively,
+where they are used; results below the smallest normal number may be flushed to zero. The bounds of
+the four functions hold if `largest_errors` says so: it tries every float32. It has been run on CPU;
+on another platform a verdict is UNDECIDED until it has been run there (the command is
+`jaxsim doctor --functions`).
+
+For float64 the same multiples are assumed. They cannot be tried exhaustively; `certify` therefore
+takes nothing from the device.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from jaxsim.logspace import BLOCK
+
+EXP, EXPM1, LOG, LOG1P = 3, 10, 3, 3
+QUOTIENT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Function:
+    """An elementary function: as the device computes it, its reference, the bound and the domain.
+
+    Attributes:
+        device: the function under test.
+        reference: the same in NumPy, for float64.
+        bound: the relative error assumed, in units of u.
+        domain: least and greatest argument that the kernels pass to it.
+    """
+
+    device: Callable[[Any], Array]
+    reference: Callable[[Any], Any]
+    bound: float
+    domain: tuple[float, float]
+
+
+_TINY, _MAX = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+FUNCTIONS = {
+    "exp": Function(device=jnp.exp, reference=np.exp, bound=EXP, domain=(-_MAX, 60.0)),
+    "expm1": Function(device=jnp.expm1, reference=np.expm1, bound=EXPM1, domain=(-1.0, 1.0)),
+    "log": Function(device=jnp.log, reference=np.log, bound=LOG, domain=(_TINY, _MAX)),
+    "log1p": Function(device=jnp.log1p, reference=np.log1p, bound=LOG1P, domain=(0.0, _MAX)),
+}
+
+
+def sum_depth(count: int) -> int:
+    """Return the most additions that a term goes through in `logspace.total` of `count` terms."""
+    depth = 0
+    while count > BLOCK:
+        depth += BLOCK - 1
+        count = -(-count // BLOCK)
+    return depth + count - 1
+
+
+def trust() -> Array:
+    """Return 1 on a platform whose functions have been checked, else infinity.
+
+    A factor for error bounds: an infinite one leaves every verdict undecided.
+    """
+    checked = {"cpu", *_recorded()}
+    one, never = jnp.float32(1.0), jnp.float32(jnp.inf)
+    branches = {platform: (lambda: one) for platform in sorted(checked)}
+    return lax.platform_dependent(**branches, default=lambda: never)
+
+
+def largest_errors(
+    *, every: int = 1, progress: Callable[[float], None] = lambda share: None
+) -> dict[str, float]:
+    """Return the largest relative error of each function in units of u, over all float32.
+
+    Args:
+        every: try one in so many significands; 1 tries them all (some minutes).
+        progress: called with the share that is done.
+
+    Returns:
+        By name; infinity where a result is not finite, or not zero where it underflows.
+
+    Numerics:
+        The reference is NumPy in float64, whose own error is 10^-8 of a float32 unit.
+    """
+    worst = dict.fromkeys(FUNCTIONS, 0.0)
+    for done, (name, function) in enumerate(FUNCTIONS.items()):
+        compiled = jax.jit(function.device)
+        blocks = list(_exponents(function.domain))
+        for at, (sign, exponent) in enumerate(blocks):
+            x = _floats(sign, exponent, every)
+            x = np.clip(x, *function.domain)
+            worst[name] = max(worst[name], _error(function, x, np.asarray(compiled(x))))
+            progress((done + at / len(blocks)) / len(FUNCTIONS))
+    return worst
+
+
+def passes(errors: dict[str, float]) -> bool:
+    """Whether errors found are within those assumed."""
+    return all(errors[name] <= function.bound for name, function in FUNCTIONS.items())
+
+
+def record(errors: dict[str, float]) -> Path:
+    """Write down that this platform was checked, for `trust` in later sessions of this user."""
+    path = _record_path()
+    known = _read(path)
+    known[_backend()] = errors
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".partial-{os.getpid()}")
+    temporary.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _exponents(domain: tuple[float, float]) -> Iterator[tuple[int, int]]:
+    """Yield sign and biased exponent of every block of floats that meets the domain."""
+    for sign in (0, 1):
+        for exponent in range(1, 255):
+            x = _floats(sign, exponent, 1 << 22)
+            if x.max() >= domain[0] and x.min() <= domain[1]:
+                yield sign, exponent
+
+
+def _floats(sign: int, exponent: int, every: int) -> np.ndarray:
+    head = np.uint32(sign << 31 | exponent << 23)
+    significands = np.arange(0, 1 << 23, every, dtype=np.uint32)
+    last = np.asarray([(1 << 23) - 1], np.uint32)
+    return (np.concatenate([significands, last]) | head).view(np.float32)
+
+
+def _error(function: Function, x: np.ndarray, found: np.ndarray) -> float:
+    with np.errstate(all="ignore"):
+        exact = function.reference(x.astype(np.float64))
+    difference = np.abs(found.astype(np.float64) - exact)
+    flushed = np.abs(exact) < _TINY * (1 + 1e-6)
+    # What is subnormal may come out as zero or as itself, or next to the smallest normal number.
+    wrong = np.where(flushed, difference > 1.001 * _TINY, ~np.isfinite(found))
+    with np.errstate(all="ignore"):
+        error = np.where(flushed, 0.0, difference / np.abs(exact) * 2.0**24)
+    return float("inf") if wrong.any() else float(error.max())
+
+
+def _backend() -> str:
+    """Name the platform, the kind of device and the version of the compiler."""
+    device = jax.devices()[0]
+    return f"{device.platform}: {device.device_kind}, jaxlib {jax.lib.__version__}"
+
+
+def _recorded() -> list[str]:
+    """Platforms that this user has checked, if the device and the compiler are still the same."""
+    backend = _backend()
+    errors = _read(_record_path()).get(backend)
+    known = isinstance(errors, dict) and set(errors) == set(FUNCTIONS) and passes(errors)
+    return [backend.split(":")[0]] if known else []
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _record_path() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "jaxsim" / "functions.json"

@@ -1,0 +1,1 @@
+"""Theorem 2: certified verdicts, the ladder of conditions that are enough, critical β, bounds."""
