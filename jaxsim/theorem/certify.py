@@ -77,7 +77,8 @@ def _certify_rows(
         parts = [_Component.of(x) for x in (log_a, log_u)]
         covariance_a, covariance_u = (_covariance(part, masked, support) for part in parts)
         shift = _shift(parts[0], parts[1], masked, support, beta)
-    for row in np.flatnonzero((covariance_a.sign & covariance_u.sign & shift.sign) == 0):
+    is_open = covariance_a.sign * covariance_u.sign * shift.sign == 0
+    for row in map(int, np.flatnonzero(is_open)):
         exact = ExactInstance(log_a[:, row], log_u[:, row], reward[:, row], beta[row])
         covariance_a.settle(row, lambda: exact.covariance(aligned=True))  # noqa: B023
         covariance_u.settle(row, lambda: exact.covariance(aligned=False))  # noqa: B023
