@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from jaxsim.engine.lift import mixture_weights as mixture_weights
     from jaxsim.engine.lift import objective as objective
     from jaxsim.engine.lift import optimal_policy as optimal_policy
+    from jaxsim.engine.lift import sufficient_beta as sufficient_beta
     from jaxsim.engine.lift import theorem2 as theorem2
     from jaxsim.engine.lift import tpm as tpm
+    from jaxsim.engine.lift import tpm_bounds as tpm_bounds
     from jaxsim.engine.loop import solve as solve
     from jaxsim.engine.tiles import sample_instances as sample_instances
     from jaxsim.families.spec import Components as Components
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from jaxsim.families.spec import Scalar as Scalar
     from jaxsim.instance import Instance as Instance
     from jaxsim.logspace import kl_divergence as kl_divergence
+    from jaxsim.theorem.bounds import TpmBounds as TpmBounds
+    from jaxsim.theorem.bounds import worst_case_shift as worst_case_shift
     from jaxsim.theorem.certify import certify as certify
     from jaxsim.theorem.verdict import Outcome as Outcome
     from jaxsim.theorem.verdict import Verdict as Verdict
@@ -43,6 +47,7 @@ _HOME = {
     "Scalar": "families.spec",
     "Solution": "descent",
     "Status": "descent",
+    "TpmBounds": "theorem.bounds",
     "Verdict": "theorem.verdict",
     "certify": "theorem.certify",
     "evaluate": "engine.lift",
@@ -52,9 +57,12 @@ _HOME = {
     "optimal_policy": "engine.lift",
     "sample_instances": "engine.tiles",
     "solve": "engine.loop",
+    "sufficient_beta": "engine.lift",
     "take_back_logits": "tilting",
     "theorem2": "engine.lift",
     "tpm": "engine.lift",
+    "tpm_bounds": "engine.lift",
+    "worst_case_shift": "theorem.bounds",
 }
 __all__ = sorted(_HOME)
 

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from jaxsim import tilting
 from jaxsim.instance import Instance
 from jaxsim.sources import tile_size
-from jaxsim.theorem import verdict
+from jaxsim.theorem import bounds, verdict
 
 
 def lift(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,3 +87,5 @@ mixture_weights = lift(tilting.mixture_weights)
 objective = lift(tilting.objective)
 tpm = lift(tilting.tpm)
 theorem2 = lift(verdict.theorem2)
+tpm_bounds = lift(bounds.tpm_bounds)
+sufficient_beta = lift(bounds.sufficient_beta)
