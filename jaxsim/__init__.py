@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxsim.descent import Solution as Solution
     from jaxsim.descent import Status as Status
+    from jaxsim.engine.lift import conditions as conditions
     from jaxsim.engine.lift import evaluate as evaluate
     from jaxsim.engine.lift import mixture_weights as mixture_weights
     from jaxsim.engine.lift import objective as objective
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from jaxsim.theorem.bounds import TpmBounds as TpmBounds
     from jaxsim.theorem.bounds import worst_case_shift as worst_case_shift
     from jaxsim.theorem.certify import certify as certify
+    from jaxsim.theorem.critical import CriticalBetas as CriticalBetas
+    from jaxsim.theorem.critical import critical_betas as critical_betas
+    from jaxsim.theorem.ladder import Conditions as Conditions
+    from jaxsim.theorem.ladder import safe_for_any_components as safe_for_any_components
     from jaxsim.theorem.verdict import Outcome as Outcome
     from jaxsim.theorem.verdict import Verdict as Verdict
     from jaxsim.tilting import Evaluation as Evaluation
@@ -38,6 +43,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Components": "families.spec",
+    "Conditions": "theorem.ladder",
+    "CriticalBetas": "theorem.critical",
     "Evaluation": "tilting",
     "Family": "families.spec",
     "Instance": "instance",
@@ -50,11 +57,14 @@ _HOME = {
     "TpmBounds": "theorem.bounds",
     "Verdict": "theorem.verdict",
     "certify": "theorem.certify",
+    "conditions": "engine.lift",
+    "critical_betas": "theorem.critical",
     "evaluate": "engine.lift",
     "kl_divergence": "logspace",
     "mixture_weights": "engine.lift",
     "objective": "engine.lift",
     "optimal_policy": "engine.lift",
+    "safe_for_any_components": "theorem.ladder",
     "sample_instances": "engine.tiles",
     "solve": "engine.loop",
     "sufficient_beta": "engine.lift",

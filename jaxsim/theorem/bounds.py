@@ -1,4 +1,4 @@
-"""How far tuning can move mass at all: bounds on TPM, a β that is safe, the worst case of Theorem 2.
+"""How far tuning can move mass: bounds on TPM, a β that is safe, the worst case of Theorem 2.
 
 All rest on one function, C(x, R) = log(1 - x + x e^R) - x R: the log of E[e^{R(X - x)}] for X in
 {0, 1} with mean x. Of all reward distributions on an interval with a given mean, the one on the

@@ -14,7 +14,7 @@ So first some digits, then the test for zero, then digits without end: that alwa
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,8 @@ class ExactInstance:
         self.log_a = [Fraction(x) if x > LOG_ZERO else None for x in log_a]
         self.log_u = [Fraction(x) if x > LOG_ZERO else None for x in log_u]
         self.reward = [Fraction(x) for x in rewards]
-        self.tilt = [(r - max(self.reward)) / Fraction(beta) for r in self.reward]
+        best, price = max(self.reward), Fraction(beta)
+        self.tilt = [(r - best) / price for r in self.reward]
         self._intervals: dict[int, tuple[Any, ...]] = {}
 
     @cached_property
@@ -68,18 +69,29 @@ class ExactInstance:
         """Return weights of one."""
         return [1] * len(self.reward)
 
-    def compare(self, x: Weights, y: Weights | None = None, *, tilted: bool = False) -> int:
-        """Return the sign of the sum above; `y` is one everywhere unless given.
+    def compare(self, x: Weights, y: Weights | None = None) -> int:
+        """Return the sign of the sum above without a tilt; `y` is one everywhere unless given.
 
-        With y = 1 it is the sign of E_A[x] - E_U[x], or of E_A[x e^{r/β}] - E_U[x e^{r/β}].
+        With y = 1 it is the sign of E_A[x] - E_U[x].
         """
         y = self.everywhere if y is None else y
 
         def difference(bits: int) -> Any:
-            more, less = self._products(bits, x, y, tilted)
+            more, less = self._products(bits, x, y, tilted=False)
             return more - less
 
-        return self._resolve(difference, lambda: self._cancels(x, y, tilted))[0]
+        return self._resolve(difference, lambda: self._cancels(x, y, tilted=False))[0]
+
+    def difference(self, x: Weights) -> tuple[int, Any]:
+        """Return E_A[x] - E_U[x]: its sign, and its value to 64 bits or more."""
+        one = self.everywhere
+
+        def value(bits: int) -> Any:
+            more, less = self._products(bits, x, one, tilted=False)
+            _, a, u, _ = self._at(bits)
+            return (more - less) / (_dot(one, a) * _dot(one, u))
+
+        return self._resolve(value, lambda: self._cancels(x, one, tilted=False))
 
     def log_odds_shift(self) -> tuple[int, float]:
         """Return Δ: its sign, and its value rounded to float64."""
@@ -133,8 +145,7 @@ class ExactInstance:
     def _at(self, bits: int) -> tuple[Any, ...]:
         """Return enclosures of e^a, e^u and e^{(r - max r)/β} at a precision, and their context."""
         if bits not in self._intervals:
-            context = MPIntervalContext()
-            context.prec = bits
+            context = _context(bits)
 
             def exp(x: Fraction | None) -> Any:
                 return context.zero if x is None else context.exp(_interval(context, x))
@@ -158,6 +169,14 @@ class ExactInstance:
                 for (log_q, _), v in right.items():
                     coefficients[log_p + t + log_q] += sign * w * v  # type: ignore[assignment]
         return not any(coefficients.values())
+
+
+@cache
+def _context(bits: int) -> Any:
+    """Return the interval arithmetic of one precision; to set up one takes 20 ms."""
+    context = MPIntervalContext()
+    context.prec = bits
+    return context
 
 
 def _collect(

@@ -119,7 +119,7 @@ def covariances(base: Centered) -> Covariances:
         # Per term: r - mean, p = e^{log p}/Σ, the product, the sum; then the difference over n.
         units = (2 + 2 * EXP + QUOTIENT + 2 * depth) * total(part.p * jnp.abs(above_mean))
         units = (units + (1 + QUOTIENT + depth) * size) / count + (1 + QUOTIENT) * jnp.abs(value)
-        bound = _evaluated(unit_roundoff(info.dtype) * units + flushed / count)
+        bound = allowed(unit_roundoff(info.dtype) * units + flushed / count)
         highest = jnp.max(part.log_p, axis=0, keepdims=True)
         lowest = jnp.min(jnp.where(base.support, part.log_p, jnp.inf), axis=0, keepdims=True)
         uniform = highest == lowest
@@ -172,11 +172,11 @@ def shift_error(x: Tilt) -> Array:
     wide = unit * wide + jnp.where(large, extreme, linearised)
     wide = jnp.where(out_of_reach, jnp.inf, wide)
     flushed = 8 * float(info.tiny) * (outputs + 1.0 / x.beta)
-    return _evaluated(jnp.where(x.narrow, unit * narrow, wide) + flushed)
+    return allowed(jnp.where(x.narrow, unit * narrow, wide) + flushed)
 
 
-def _evaluated(bound: Array) -> Array:
-    """Allow for rounding in the evaluation of a bound itself, and for an unchecked platform."""
+def allowed(bound: Array) -> Array:
+    """Widen an error bound for its own rounding, and without end on an unchecked platform."""
     return bound * (1 + 2.0**-8) * trust().astype(bound.dtype)
 
 
