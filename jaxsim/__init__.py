@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from jaxsim.engine.lift import tpm as tpm
     from jaxsim.engine.lift import tpm_bounds as tpm_bounds
     from jaxsim.engine.loop import solve as solve
+    from jaxsim.engine.search import Counterexample as Counterexample
+    from jaxsim.engine.search import find_counterexample as find_counterexample
     from jaxsim.engine.tiles import sample_instances as sample_instances
     from jaxsim.families.spec import Components as Components
     from jaxsim.families.spec import Family as Family
@@ -45,6 +47,7 @@ _HOME = {
     "Components": "families.spec",
     "Conditions": "theorem.ladder",
     "CriticalBetas": "theorem.critical",
+    "Counterexample": "engine.search",
     "Evaluation": "tilting",
     "Family": "families.spec",
     "Instance": "instance",
@@ -60,6 +63,7 @@ _HOME = {
     "conditions": "engine.lift",
     "critical_betas": "theorem.critical",
     "evaluate": "engine.lift",
+    "find_counterexample": "engine.search",
     "kl_divergence": "logspace",
     "mixture_weights": "engine.lift",
     "objective": "engine.lift",

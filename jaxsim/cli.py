@@ -78,6 +78,10 @@ class Figures:
 class Doctor:
     """Report versions, devices, and whether another package named jaxsim is in the way."""
 
+    functions: bool = False
+    """Check exp, expm1, log and log1p on this device over every float32, some minutes: what the
+    error bounds of verdicts rest on. Needed once on a GPU or TPU; shipped as checked for CPU."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
@@ -180,8 +184,11 @@ def _job(
 
     import jax
 
+    from jaxsim.rounding import UNTRUSTED, is_trusted
     from jaxsim.runs import job
 
+    if not is_trusted(jax.devices()[0].platform):
+        print(f"jaxsim: verdicts will be undecided: {UNTRUSTED}", file=sys.stderr)
     if config.family.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     with _user_input():
@@ -216,6 +223,7 @@ def _figures(command: Figures, argv: list[str]) -> int:
 def _doctor(command: Doctor, argv: list[str]) -> int:
     import jax
 
+    from jaxsim.rounding import UNTRUSTED, is_trusted
     from jaxsim.runs.job import versions
 
     for name, version in versions().items():
@@ -223,11 +231,30 @@ def _doctor(command: Doctor, argv: list[str]) -> int:
     for device in jax.devices():
         print(f"{'device':12} {device} ({device.platform})")
     print(f"{'64-bit mode':12} {'on' if jax.config.read('jax_enable_x64') else 'off'}")
+    platform = jax.devices()[0].platform
+    trusted = "rest on checked functions" if is_trusted(platform) else f"undecided: {UNTRUSTED}"
+    print(f"{'verdicts':12} {trusted}")
     clash = name_clash()
     if clash:
         print(f"jaxsim: {clash}", file=sys.stderr)
         return 1
     print(f"{'name clash':12} none")
+    return _check_functions() if command.functions else 0
+
+
+def _check_functions() -> int:
+    from jaxsim import rounding
+
+    with _reporting() as report:
+        report.stage("checking functions", 100)
+        errors = rounding.largest_errors(progress=lambda share: report.progress(int(100 * share)))
+    print("\nfunction   largest error   assumed   (units of 2^-24, over every float32)")
+    for name, function in rounding.FUNCTIONS.items():
+        print(f"{name:10} {errors[name]:13.3f} {function.bound:9.0f}")
+    if not rounding.passes(errors):
+        print("jaxsim: a function is less accurate than verdicts assume", file=sys.stderr)
+        return 1
+    print(f"passed; recorded in {rounding.record(errors)}")
     return 0
 
 

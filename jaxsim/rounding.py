@@ -65,15 +65,22 @@ def sum_depth(count: int) -> int:
     return depth + count - 1
 
 
+UNTRUSTED = "the functions of this device are not checked; run: jaxsim doctor --functions"
+
+
 def trust() -> Array:
     """Return 1 on a platform whose functions have been checked, else infinity.
 
     A factor for error bounds: an infinite one leaves every verdict undecided.
     """
-    checked = {"cpu", *_recorded()}
-    one, never = jnp.float32(1.0), jnp.float32(jnp.inf)
-    branches = {platform: (lambda: one) for platform in sorted(checked)}
+    checked, never = jnp.float32(1.0), jnp.float32(jnp.inf)
+    branches = {platform: lambda: checked for platform in _trusted()}
     return lax.platform_dependent(**branches, default=lambda: never)
+
+
+def is_trusted(platform: str) -> bool:
+    """Whether verdicts can be decided on a platform: "cpu", or one that this user has checked."""
+    return platform in _trusted()
 
 
 def largest_errors(
@@ -154,12 +161,12 @@ def _backend() -> str:
     return f"{device.platform}: {device.device_kind}, jaxlib {jax.lib.__version__}"
 
 
-def _recorded() -> list[str]:
-    """Platforms that this user has checked, if the device and the compiler are still the same."""
+def _trusted() -> set[str]:
+    """CPU, and the platform in use if this device was checked under this compiler."""
     backend = _backend()
     errors = _read(_record_path()).get(backend)
     known = isinstance(errors, dict) and set(errors) == set(FUNCTIONS) and passes(errors)
-    return [backend.split(":")[0]] if known else []
+    return {"cpu", backend.split(":")[0]} if known else {"cpu"}
 
 
 def _read(path: Path) -> dict[str, Any]:

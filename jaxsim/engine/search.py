@@ -26,7 +26,7 @@ from mpmath.ctx_iv import MPIntervalContext
 from jaxsim.families.counter import key_words
 from jaxsim.instance import Instance
 from jaxsim.logspace import LOG_ZERO, unit_roundoff
-from jaxsim.theorem.bounds import worst_case_shift
+from jaxsim.theorem.bounds import two_point_cumulant, worst_case_shift
 from jaxsim.theorem.certify import certify
 from jaxsim.tilting import center, tilt
 
@@ -120,8 +120,10 @@ class RationalInstance:
 
     def to_instance(self, alpha: float = 0.5) -> Instance:
         """Return the instance in floating point: rounded, so no longer exactly this one."""
-        rows = (self.p_aligned, self.p_unaligned, self.reward)
-        return Instance.from_probs(*([float(x) for x in row] for row in rows), alpha, self.beta)
+        p_a, p_u, reward = (
+            np.array(row, np.float64) for row in (self.p_aligned, self.p_unaligned, self.reward)
+        )
+        return Instance.from_probs(p_a, p_u, reward, alpha, float(self.beta))
 
     def _support(self) -> list[tuple[Fraction, Fraction, Fraction]]:
         rows = zip(self.reward, self.p_aligned, self.p_unaligned, strict=True)
@@ -173,20 +175,21 @@ def find_counterexample(
     Returns:
         A `Counterexample`. `instance` meets the hypotheses and fails the conclusion exactly as it
         is stored (`certify`); its dtype is JAX's default one, and its range is R rounded down.
-        `rational` depends on outputs and range_over_beta alone: of instances with three reward
-        levels, A on the middle one and U on the others, with all denominators at most 20, the
-        deepest whose range is at most R. Only r/β matters, so its β is whatever makes its fractions
-        small. Above 40 outputs, where one in twentieths has no mass to give to each, it has 40.
+        `rational` depends on `outputs` and `range_over_beta` alone: with all denominators at most
+        20 and a range of at most R, the deepest of three reward levels, A on the middle one and U
+        on the others. Since only r/β matters, its β is what makes its fractions small. It has at
+        most 40 outputs: no more can have a twentieth of A or of U each.
 
     Raises:
-        ValueError: for an argument out of its range; also where the dtype cannot store R · β, or
-            no failure as shallow as one of so small a range is (R < 1e-3 in float32).
+        ValueError: for an argument out of its range, or where the dtype cannot store R · β.
         TypeError: for a key that is not typed, or a count that is no integer.
-        RuntimeError: where no start led to a failure, as with very few steps.
+        RuntimeError: where no start led to a failure, as with very few steps, or to none that the
+            dtype can store (R < 1e-5 in float32).
 
     Numerics:
-        With the defaults `depth` is above 0.998 `bound` for R from 0.5 to 1000 and up to 200
-        outputs. About 3 seconds, most of them compilation, done once per number of outputs.
+        With the defaults `depth` is above 0.995 `bound` for R from 0.5 to 1000 and up to 200
+        outputs, mostly above 0.999; for smaller R it is less, about 0.9 at R = 0.01. A few
+        seconds, most of them compilation, done once per number of outputs.
 
     Example:
         >>> import jax
@@ -194,22 +197,26 @@ def find_counterexample(
         >>> found = find_counterexample(jax.random.key(0), outputs=3, beta=1.0, range_over_beta=4.0)
         >>> print(f"{found.bound:.4f}", 0.998 < found.depth / found.bound < 1)
         1.3250 True
-        >>> print(*found.rational.reward, found.rational.beta, found.rational.violates())
+        >>> print(*found.rational.reward, "β =", found.rational.beta, found.rational.violates())
+        0 181/19 19 β = 19/4 True
     """
-    outputs, restarts, steps = (
-        _count(name, value)
-        for name, value in (("outputs", outputs), ("restarts", restarts), ("steps", steps))
-    )
+    for name, count in (("outputs", outputs), ("restarts", restarts), ("steps", steps)):
+        if not isinstance(count, int | np.integer):
+            raise TypeError(f"{name} is {count!r}; expected an integer")
+    if outputs < 3:
+        raise ValueError(
+            f"outputs is {outputs}; expected at least 3: with fewer, e^(r/beta) is affine in r and "
+            "Theorem 2 has no counterexample"
+        )
+    for name, count in (("restarts", restarts), ("steps", steps)):
+        if count < 1:
+            raise ValueError(f"{name} is {count}; expected at least 1")
+    beta, range_over_beta = float(beta), float(range_over_beta)
     for name, number in (("beta", beta), ("range_over_beta", range_over_beta)):
         if not 0 < number < math.inf:
             raise ValueError(f"{name} is {number}; expected a finite number > 0")
-    if outputs < 3:
-        raise ValueError(
-            f"outputs is {outputs}; expected at least 3: with two, e^(r/beta) is affine in r, and "
-            "Theorem 2 has no counterexample"
-        )
     key_words(key)  # refuses what is no typed key
-    scale = _Scale.of(float(beta), float(range_over_beta))
+    scale = _Scale.of(beta, range_over_beta)
     optimizer = DEFAULT_OPTIMIZER if optimizer is None else optimizer
     spread = jnp.asarray(range_over_beta, scale.top.dtype)
     found = _descend(key, spread, outputs, restarts, steps, optimizer)
@@ -220,16 +227,8 @@ def find_counterexample(
         instance=replace(instance, logit_alpha=jnp.full_like(instance.logit_alpha, depth / 2)),
         depth=depth,
         bound=float(worst_case_shift(outputs, range_over_beta)),
-        rational=_deepest_rational(outputs, Fraction(range_over_beta)),
+        rational=deepest_rational(int(outputs), Fraction(range_over_beta)),
     )
-
-
-def _count(name: str, value: Any) -> int:
-    if not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} is {value!r}; expected an integer")
-    if value < 1:
-        raise ValueError(f"{name} is {value}; expected at least 1")
-    return int(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,10 +241,11 @@ class _Scale:
     @classmethod
     def of(cls, beta: float, range_over_beta: float) -> "_Scale":
         kind = jax.dtypes.canonicalize_dtype(float).type
+        asked = {"beta": beta, "range_over_beta * beta": range_over_beta * beta}
         with np.errstate(over="ignore", under="ignore"):
-            stored, top = kind(beta), kind(beta * range_over_beta)
-        for name, value in (("beta", stored), ("range_over_beta * beta", top)):
-            if not np.finfo(kind).tiny <= value < np.inf:
+            stored, top = (kind(x) for x in asked.values())
+        for (name, value), held in zip(asked.items(), (stored, top), strict=True):
+            if not np.finfo(kind).tiny <= held < np.inf:
                 raise ValueError(f"{name} is {value}; out of the range of {np.dtype(kind)}")
         while Fraction(float(top)) > Fraction(range_over_beta) * Fraction(float(stored)):
             top = np.nextafter(top, kind(0))
@@ -262,9 +262,9 @@ class _Point:
     log_p_unaligned: Any
 
     def feasible(self, margin: float, xp: Any = jnp) -> "_Point":
-        """Return the nearest point, so to say, with E_A[r] ≥ mean r + margin, E_U[r] ≤ mean - it.
+        """Have E_A[r] ≥ mean r + margin and E_U[r] ≤ mean r - margin.
 
-        Mass moves to the last output and to the first, as much as it takes.
+        As much mass as it takes moves to the last output, or to the first.
         """
         x, place = self.reward, np.arange(len(self.reward))
         mean = xp.mean(x)
@@ -274,13 +274,11 @@ class _Point:
             short = (wanted - found) * (end - 0.5) > 0
             share = (wanted - found) / xp.where(short, end - found, 1.0)
             share = xp.where(short, share, 0.5)
-            mixed = xp.logaddexp(
-                log_p + xp.log1p(-share), xp.where(at_end, xp.log(share), LOG_ZERO)
-            )
-            return xp.where(short, mixed, log_p)
+            arriving = xp.where(at_end, xp.log(share), LOG_ZERO)
+            return xp.where(short, xp.logaddexp(log_p + xp.log1p(-share), arriving), log_p)
 
-        return _Point(
-            reward=x,
+        return replace(
+            self,
             log_p_aligned=moved(self.log_p_aligned, mean + margin, 1.0, place == place[-1]),
             log_p_unaligned=moved(self.log_p_unaligned, mean - margin, 0.0, place == 0),
         )
@@ -300,15 +298,16 @@ def _descend(
     # So that the gradient is of order one where Δ is of order R², and logits of order R in reach.
     steep, far = jnp.minimum(spread, 1.0) ** -2, jnp.maximum(spread / 10, 1.0)
 
-    def point(free: dict[str, Array]) -> _Point:
-        inner = jax.nn.sigmoid(free["reward"])
+    def point(free: Array) -> _Point:
+        inner, aligned, unaligned = jnp.split(free, [outputs - 2, 2 * outputs - 2])
+        between = jax.nn.sigmoid(inner)
         return _Point(
-            reward=jnp.concatenate([jnp.zeros_like(inner[:1]), inner, jnp.ones_like(inner[:1])]),
-            log_p_aligned=jax.nn.log_softmax(far * free["aligned"]),
-            log_p_unaligned=jax.nn.log_softmax(far * free["unaligned"]),
+            reward=jnp.pad(between, 1, constant_values=(0.0, 1.0)),
+            log_p_aligned=jax.nn.log_softmax(far * aligned),
+            log_p_unaligned=jax.nn.log_softmax(far * unaligned),
         ).feasible(0.0)
 
-    def loss(free: dict[str, Array]) -> Array:
+    def loss(free: Array) -> Array:
         at = point(free)
         instance = Instance(
             log_p_aligned=at.log_p_aligned,
@@ -319,27 +318,21 @@ def _descend(
         )
         return steep * tilt(center(instance), instance.beta).log_odds_shift[0]
 
-    def descend(key: jax.Array) -> tuple[Array, _Point]:
-        keys = dict(zip(("reward", "aligned", "unaligned"), jax.random.split(key, 3), strict=True))
-        size = {"reward": outputs - 2, "aligned": outputs, "unaligned": outputs}
-        start = {k: jax.random.normal(keys[k], (size[k],), spread.dtype) for k in size}
-
+    def descend(start: Array) -> tuple[Array, _Point]:
         def step(state: Any, _: None) -> tuple[Any, None]:
             free, optimizer_state, least, best = state
             value, gradient = jax.value_and_grad(loss)(free)
-            deeper = value < least
-            best = jax.tree.map(lambda new, old: jnp.where(deeper, new, old), free, best)
+            best = jnp.where(value < least, free, best)
             updates, optimizer_state = update(
                 gradient, optimizer_state, free, value=value, grad=gradient, value_fn=loss
             )
-            free = optax.apply_updates(free, updates)
-            return (free, optimizer_state, jnp.where(deeper, value, least), best), None
+            return (free + updates, optimizer_state, jnp.fmin(value, least), best), None
 
         state = start, optimizer.init(start), jnp.full_like(spread, jnp.inf), start
         _, _, least, best = lax.scan(step, state, None, length=steps)[0]
         return least / steep, point(best)
 
-    return jax.vmap(descend)(jax.random.split(key, restarts))
+    return jax.vmap(descend)(jax.random.normal(key, (restarts, 3 * outputs - 2), spread.dtype))
 
 
 def _first_violation(shift: np.ndarray, points: _Point, scale: _Scale) -> Instance:
@@ -349,36 +342,45 @@ def _first_violation(shift: np.ndarray, points: _Point, scale: _Scale) -> Instan
     makes the stored numbers meet them strictly.
     """
     dtype = scale.top.dtype
-    for row in map(int, np.argsort(shift)):
+    for row in map(int, np.argsort(shift)[:8]):
         if not shift[row] < 0:
             break
         found = jax.tree.map(lambda x: x[row].astype(np.float64), points)  # noqa: B023
-        reward = (found.reward * float(scale.top)).astype(dtype)
-        sums = (np.logaddexp.reduce(x) for x in (found.log_p_aligned, found.log_p_unaligned))
-        exact = _Point(
-            reward=reward.astype(np.float64) / float(scale.top),
-            log_p_aligned=found.log_p_aligned - next(sums),
-            log_p_unaligned=found.log_p_unaligned - next(sums),
-        )
-        for doublings in range(0, 16, 2):
-            strict = exact.feasible(unit_roundoff(dtype) * 2**doublings, np)
+        for power in range(1, 15, 2):
+            strict = _strictly(found, unit_roundoff(dtype) * 2**power, scale)
             instance = Instance.from_log_probs(
-                strict.log_p_aligned.astype(dtype),
-                strict.log_p_unaligned.astype(dtype),
-                reward,
+                strict.log_p_aligned,
+                strict.log_p_unaligned,
+                strict.reward * float(scale.top),
                 beta=scale.beta,
                 logit_alpha=0.0,
             )
             if certify(instance).violated:
                 return instance
     raise RuntimeError(
-        f"no failure found that {dtype} can store: more steps or restarts may find one, and for a "
-        "small range_over_beta it takes float64 (JAX_ENABLE_X64=1)"
+        f"no failure found that {dtype} can store; more steps or restarts may find one, and a "
+        "small range_over_beta may take float64 (JAX_ENABLE_X64=1)"
     )
 
 
+def _strictly(found: _Point, margin: float, scale: _Scale) -> _Point:
+    """Return a point, with rewards as they are stored, that meets the hypotheses by a margin."""
+    x = found.reward.copy()
+    log_a, log_u = (
+        log_p - np.logaddexp.reduce(log_p) for log_p in (found.log_p_aligned, found.log_p_unaligned)
+    )
+    # The reward on which most of A lies is cheaper to raise than e^{r/β} by mass on the highest.
+    most = 1 + int(np.argmax(log_a[1:-1]))
+    lead, lacking = np.exp(log_a[most]) - 1 / len(x), np.mean(x) + 2 * margin - np.exp(log_a) @ x
+    if lead > 0.1 and lacking > 0:
+        x[most] += lacking / lead
+    top = float(scale.top)
+    stored = (np.minimum(x, 1.0) * top).astype(scale.top.dtype).astype(np.float64) / top
+    return _Point(reward=stored, log_p_aligned=log_a, log_p_unaligned=log_u).feasible(margin, np)
+
+
 @lru_cache(maxsize=256)
-def _deepest_rational(outputs: int, spread: Fraction) -> RationalInstance:
+def deepest_rational(outputs: int, range_over_beta: Fraction) -> RationalInstance:
     """Return the deepest instance of three reward levels with denominators up to 20.
 
     A lies on the middle level, U on the two others. Then Δ is decided by three numbers, each best
@@ -386,8 +388,12 @@ def _deepest_rational(outputs: int, spread: Fraction) -> RationalInstance:
     middle reward, above the mean; U's mass on the highest level, which puts its mean below.
     """
     outputs = min(outputs, 2 * _DENOMINATOR)
-    found = [x for top, beta in _tops(spread) for x in _levels(outputs, top, beta)]
-    return max(found, key=_Levels.depth).instance()
+    found = [x for top, beta in _tops(range_over_beta) for x in _levels(outputs, top, beta)]
+    high, spread, lead = np.array([x.numbers for x in found]).T
+    # C is the depth where A and U have the same mean reward.
+    depth = two_point_cumulant(high, spread, np) - lead
+    ranked = (found[i].instance() for i in np.argsort(-depth, kind="stable"))
+    return next(x for x in ranked if x.violates())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,10 +406,15 @@ class _Levels:
     beta: Fraction
     units: tuple[int, int]  # U's mass on the lowest and on the highest level, of sum(units)
 
-    def depth(self) -> float:
-        """Return -Δ, to rounding."""
-        low, high = (math.log(x / sum(self.units)) for x in self.units)
-        return float(np.logaddexp(low, high + self.top / self.beta) - self.middle / self.beta)
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """Return U's mass on the highest level, (max r - min r)/β and (E_A[r] - E_U[r])/β."""
+        high = Fraction(self.units[1], sum(self.units))
+        return (
+            float(high),
+            float(self.top / self.beta),
+            float((self.middle - high * self.top) / self.beta),
+        )
 
     def instance(self) -> RationalInstance:
         """Spread the masses over the outputs of their levels, as evenly as whole units go."""
@@ -415,7 +426,9 @@ class _Levels:
 
         return RationalInstance(
             reward=(Fraction(0),) * low + (self.middle,) * middle + (Fraction(self.top),) * high,
-            p_aligned=(Fraction(0),) * low + (Fraction(1, middle),) * middle + (Fraction(0),) * high,
+            p_aligned=(Fraction(0),) * low
+            + (Fraction(1, middle),) * middle
+            + (Fraction(0),) * high,
             p_unaligned=(
                 *unaligned(self.units[0], low),
                 *(Fraction(0),) * middle,
@@ -427,7 +440,8 @@ class _Levels:
 
 def _tops(spread: Fraction) -> Iterator[tuple[int, Fraction]]:
     """Yield the highest reward and β > 0, with top/β as large as may be but at most R."""
-    for top in range(1, _DENOMINATOR + 1):
+    long = math.ceil(_DENOMINATOR / spread)  # where R is small, so are the margins that it leaves
+    for top in (*_UP_TO, *((long - 1, long) if spread < 1 else ())):
         beta = min(Fraction(math.ceil(top * q / spread), q) for q in _UP_TO)
         yield top, beta
     if spread >= 1:
@@ -441,7 +455,7 @@ def _levels(outputs: int, top: int, beta: Fraction) -> Iterator[_Levels]:
             low = outputs - high - middle
             # The middle level is above the mean iff it exceeds that of the outputs on the others.
             others = low + high
-            q = min(_UP_TO, key=lambda q: (high * top * q // others + 1) / q)  # noqa: B023
+            q = min(_UP_TO, key=lambda q: (high * top * q // others + 1) / q)
             above = Fraction(high * top * q // others + 1, q)
             if not above < top:
                 continue

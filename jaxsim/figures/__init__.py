@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from jaxsim.figures.alpha_to_tpm import alpha_to_tpm
 from jaxsim.figures.convergence import convergence
 from jaxsim.figures.counterexample import counterexample
+from jaxsim.figures.depth import depth
 from jaxsim.figures.prompts import prompts
 from jaxsim.figures.style import Columns, rendered
 from jaxsim.figures.tpm_by_beta import tpm_by_beta
@@ -23,6 +24,7 @@ __all__ = [
     "alpha_to_tpm",
     "convergence",
     "counterexample",
+    "depth",
     "draw_all",
     "prompts",
     "tpm_by_beta",
@@ -54,6 +56,7 @@ FIGURES: dict[str, Callable[[Run, Columns], Figure | None]] = {
     "convergence": _draw_convergence,
     "counterexample": _draw_counterexample,
     "prompts": lambda _, columns: prompts(columns),
+    "depth": lambda _, columns: depth(columns),
 }
 """The figures by name; the data of each are the CSV file of that name."""
 

@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Int8
+from jaxtyping import Array, Int8
 
 from jaxsim.instance import Instance
 from jaxsim.logspace import LOG_ZERO, AnyArray, unit_roundoff
@@ -77,48 +76,41 @@ def conditions(instance: Instance) -> Conditions:
     inner = ends & (after < jnp.inf)  # of each level but the lowest
 
     # Log-ratio of the masses of each level, where it ends.
-    level_a, level_u = (_log_mass_of_level(log_p, starts) for log_p in (log_a, log_u))
+    level_a, level_u = _log_mass_of_level(jnp.stack([log_a, log_u]), starts)
     ratio = jnp.where(level_u > LOG_ZERO, level_a - level_u, jnp.inf)
     ratio = jnp.where(level_a > LOG_ZERO, ratio, -jnp.inf)
     size = jnp.abs(level_a) + jnp.abs(level_u)
     merging = jnp.where(starts & ends, 0.0, scan_depth * (2 * size + 2 * (EXP + LOG1P + 1)))
     off = jnp.where(jnp.isinf(ratio), 0.0, allowed(unit * (jnp.abs(ratio) + merging)))
-    rises = (  # whether a level's ratio certainly, or perhaps, exceeds that of one above it
-        ends & (ratio - off > _before(jnp.where(ends, ratio + off, jnp.inf), jnp.minimum)),
-        ends & (ratio + off > _before(jnp.where(ends, ratio - off, jnp.inf), jnp.minimum)),
-    )
-
     log_totals = jnp.log(base.unaligned.total / base.aligned.total)
     units = 2 * (EXP + sum_depth(outputs)) + QUOTIENT + LOG * jnp.abs(log_totals)
     lead = ratio + log_totals  # log p_A/p_U, normalised
-    off = jnp.where(jnp.isinf(lead), 0.0, off + allowed(unit * (units + jnp.abs(lead))))
-    u_leads, u_may_lead = ends & (lead < -off), ends & (lead < off)
-    crosses_back = (
-        ends & (lead > off) & (_before(u_leads, jnp.maximum) > 0),
-        ends & (lead > -off) & (_before(u_may_lead, jnp.maximum) > 0),
-    )
+    lead_off = jnp.where(jnp.isinf(lead), 0.0, off + allowed(unit * (units + jnp.abs(lead))))
 
-    # P_A(r ≥ t) - P_U(r ≥ t) above each level but the lowest, and its integral from the top.
-    above_a, above_u = (lax.associative_scan(jnp.add, p, axis=0) for p in (p_a, p_u))
+    # Of the levels above each: the least ratio, certainly and perhaps, and whether U leads on one.
+    bands = jnp.where(ends[None], jnp.stack([ratio + off, ratio - off]), jnp.inf)
+    least, perhaps_least = _above(bands, jnp.minimum, jnp.inf)
+    led = jnp.stack([ends & (lead < -lead_off), ends & (lead < lead_off), inner])
+    u_led, u_perhaps_led, not_top = _above(led, jnp.logical_or, False)
+
+    # P_A(r ≥ t) - P_U(r ≥ t) down to each level but the lowest, and its integral from the top.
+    above_a, above_u = _running(jnp.stack([p_a, p_u]), jnp.add)
     survival = above_a - above_u
     p_units = 2 * EXP + sum_depth(outputs) + QUOTIENT
     survival_off = allowed(unit * (p_units + scan_depth + 1) * (above_a + above_u) + flushed)
     gap = jnp.where(inner, after - key, 0.0)
-    excess, excess_off, excess_size = (
-        lax.associative_scan(jnp.add, x * gap, axis=0)
-        for x in (survival, survival_off, jnp.abs(survival))
-    )
+    steps = jnp.stack([survival, survival_off, jnp.abs(survival)]) * gap[None]
+    excess, excess_off, excess_size = _running(steps, jnp.add)
     excess_off = excess_off + allowed(unit * (3 + scan_depth) * excess_size + flushed)
-    top = inner & ~(_before(inner, jnp.maximum) > 0)
     fails_somewhere = (  # for β → 0 the highest level decides, for β → ∞ the means
-        jnp.any(top & (survival < -survival_off), axis=0)
+        jnp.any(inner & ~not_top & (survival < -survival_off), axis=0)
         | (excess < -excess_off)[-1]
     )  # fmt: skip
 
     judged = verdict(covariances(base), tilt(base, instance.beta))
     found = [
-        _rung(*rises),
-        _rung(*crosses_back),
+        _rung(ends & (ratio - off > least), ends & (ratio + off > perhaps_least)),
+        _rung(ends & (lead > lead_off) & u_led, ends & (lead > -lead_off) & u_perhaps_led),
         _rung(inner & (survival < -survival_off), inner & ~(survival >= survival_off)),
         _rung(inner & (excess < -excess_off), inner & ~(excess >= excess_off)),
         jnp.where(fails_somewhere, Outcome.FAILS, Outcome.UNDECIDED),
@@ -145,7 +137,7 @@ def implied(codes: list[Any], xp: Any) -> list[Any]:
     return codes
 
 
-def safe_for_any_components(reward: ArrayLike) -> Bool[AnyArray, "..."]:
+def safe_for_any_components(reward: Any) -> Any:
     """Return whether Theorem 2 holds for this reward whatever p_A and p_U are, at every β.
 
     That is so if and only if the reward takes at most two distinct values: e^{r/β} is then an
@@ -175,11 +167,14 @@ def _rung(broken: Array, perhaps_broken: Array) -> Array:
     return jnp.where(jnp.any(perhaps_broken, axis=0), code, Outcome.HOLDS)
 
 
-def _before(x: Array, join: Any) -> Array:
-    """Return the running minimum or maximum over the rows before; inf or 0 before the first."""
-    x = x.astype(jnp.int8) if x.dtype == bool else x
-    first = jnp.full_like(x[:1], 0 if join is jnp.maximum else jnp.inf)
-    return jnp.concatenate([first, lax.associative_scan(join, x, axis=0)[:-1]])
+def _running(x: Array, join: Any) -> Array:
+    """Return the running sum, or other join, of each array of a stack [arrays, outputs, *tile]."""
+    return lax.associative_scan(join, x, axis=1)
+
+
+def _above(x: Array, join: Any, none: Any) -> Array:
+    """Return the join over the rows above each; `none` for the first row."""
+    return jnp.concatenate([jnp.full_like(x[:, :1], none), _running(x, join)[:, :-1]], axis=1)
 
 
 def _log_mass_of_level(log_p: Array, starts: Array) -> Array:
@@ -189,4 +184,5 @@ def _log_mass_of_level(log_p: Array, starts: Array) -> Array:
         starts, summed = right[0], jnp.logaddexp(left[1], right[1])
         return left[0] | starts, jnp.where(starts, right[1], summed)
 
-    return lax.associative_scan(join, (starts, log_p), axis=0)[1]
+    both = jnp.broadcast_to(starts[None], log_p.shape)
+    return lax.associative_scan(join, (both, log_p), axis=1)[1]

@@ -38,7 +38,7 @@ def settle(instance: Instance, found: Conditions) -> Conditions:
         exact = ExactInstance(log_p_a, log_p_u, reward, float(beta))
         table[row] = _settled(exact, table[row].tolist())
     columns = table.T.reshape(codes.shape)
-    return Conditions(**{rung: columns[at] for at, rung in enumerate(RUNGS)})
+    return Conditions(**{rung: columns[at, ...] for at, rung in enumerate(RUNGS)})
 
 
 def _settled(exact: ExactInstance, codes: list[int]) -> list[int]:

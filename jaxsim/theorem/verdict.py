@@ -8,6 +8,7 @@ because r is; Pearson correlation is not kept by a monotone map. The conclusion 
 import enum
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,14 +51,14 @@ class Verdict:
     conclusion: Int8[AnyArray, "..."]
 
     @property
-    def hypotheses_hold(self) -> Array:
+    def hypotheses_hold(self) -> Any:
         """Whether both hypotheses are decided and hold."""
         return (self.hypothesis_aligned == Outcome.HOLDS) & (
             self.hypothesis_unaligned == Outcome.HOLDS
         )
 
     @property
-    def violated(self) -> Array:
+    def violated(self) -> Any:
         """Whether both hypotheses hold and yet TPM(A) < α: a counterexample to Theorem 2."""
         return self.hypotheses_hold & (self.conclusion == Outcome.FAILS)
 
