@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from matplotlib.figure import Figure
 
 from jaxsim.figures.alpha_to_tpm import alpha_to_tpm
+from jaxsim.figures.atlas import atlas
 from jaxsim.figures.convergence import convergence
 from jaxsim.figures.counterexample import counterexample
 from jaxsim.figures.depth import depth
@@ -22,6 +23,7 @@ from jaxsim.figures.violations import violations
 __all__ = [
     "FIGURES",
     "alpha_to_tpm",
+    "atlas",
     "convergence",
     "counterexample",
     "depth",
@@ -55,6 +57,7 @@ FIGURES: dict[str, Callable[[Run, Columns], Figure | None]] = {
     "violations": lambda _, columns: violations(columns),
     "convergence": _draw_convergence,
     "counterexample": _draw_counterexample,
+    "atlas": lambda _, columns: atlas(columns),
     "prompts": lambda _, columns: prompts(columns),
     "depth": lambda _, columns: depth(columns),
 }

@@ -24,16 +24,18 @@ from jaxsim.figures.style import (
     styled,
 )
 
-# The curves of many outputs coincide for small R: each lies on the wider one of the next n.
+# The curves of large n coincide up to some R: each lies on the wider one of the next n, and the
+# markers can be told apart where they lie on each other.
 _LINES: list[dict[str, Any]] = [
-    {"color": INK, "linestyle": "-", "marker": "o"},
-    {"color": ALIGNED, "linestyle": (0, (4, 1.5)), "marker": "s"},
-    {"color": FAILING, "linestyle": (0, (1, 1)), "marker": "^"},
-    {"color": UNALIGNED, "linestyle": "-", "marker": "D"},
-    {"color": MUTED, "linestyle": (0, (6, 1, 1, 1)), "marker": "v"},
+    {"color": INK, "linestyle": "-", "marker": "o", "markersize": 3.0},
+    {"color": ALIGNED, "linestyle": (0, (4, 1.5)), "marker": "s", "markersize": 4.5},
+    {"color": FAILING, "linestyle": (0, (1, 1)), "marker": "x", "markersize": 4.0},
+    {"color": UNALIGNED, "linestyle": "-", "marker": "+", "markersize": 7.0},
+    {"color": MUTED, "linestyle": (0, (6, 1, 1, 1)), "marker": "D", "markersize": 7.0},
 ]
-_FALLS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)
-_LEFT, _BOTTOM, _RIGHT, _TOP = 0.46, 0.42, 0.56, 0.5
+_HOLLOW = {"markerfacecolor": "none", "markeredgewidth": 0.8, "markeredgecolor": INK}
+_FALLS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+_LEFT, _BOTTOM, _RIGHT, _TOP = 0.46, 0.42, 0.56, 0.38
 
 
 @styled
@@ -52,16 +54,16 @@ def depth(columns: Columns) -> Figure:
     outputs = sorted(set(columns["outputs"]))
     handles = []
     for at, n in reversed(list(enumerate(outputs))):
-        style = dict(_LINES[at % len(_LINES)])
+        style = _LINES[at % len(_LINES)]
         rows = ordered(where(columns, [m == n for m in columns["outputs"]]), "range_over_beta")
-        marker = {"marker": style.pop("marker"), "markersize": 3.0 + 1.6 * at}
-        line = {**style, "linewidth": 1.0 + 0.7 * at}
+        line = {name: style[name] for name in ("color", "linestyle")} | {"linewidth": 1 + 0.7 * at}
+        marker = {name: style[name] for name in ("marker", "markersize")} | _HOLLOW
         axes.plot(rows["range_over_beta"], rows["bound"], **line)
         found = where(rows, [not math.isnan(x) for x in rows["found"]])
-        hollow = {"markerfacecolor": "none", "markeredgewidth": 0.8, "markeredgecolor": INK}
-        axes.plot(found["range_over_beta"], found["found"], linestyle="", **marker, **hollow)
-        handles.append(Line2D([], [], label=f"n = {number(n)}", **line, **marker, **hollow))
-    most = max(columns["range_over_beta"])
+        # Above all lines, whichever is drawn last.
+        axes.plot(found["range_over_beta"], found["found"], linestyle="", zorder=3, **marker)
+        handles.append(Line2D([], [], label=f"n = {number(n)}", **line, **marker))
+    most = max(columns["range_over_beta"]) or 1.0
     top = max(x for x in [*columns["bound"], *columns["found"], 1e-9] if not math.isnan(x))
     axes.set_xlim(0, most * 1.03)
     axes.set_ylim(0, top * 1.06)

@@ -24,7 +24,7 @@ OUTPUTS = "number of outputs n"
 MOST = 17
 """Columns of the map; of more values of β, as many are chosen evenly."""
 _LEFT = 0.56
-_SHADES = LinearSegmentedColormap.from_list(
+SHADES = LinearSegmentedColormap.from_list(
     "violations", ["#FFF6EC", "#F4A15C", "#A63603", "#4A1500"]
 )
 
@@ -76,7 +76,7 @@ def _map(columns: Columns) -> Figure:
 
 def _cell(axes: Axes, x: int, y: int, share: float, low: float, high: float, top: float) -> None:
     missing = math.isnan(share)
-    shade = to_rgb("#E9E9E9") if missing else _SHADES(math.sqrt(share / top))[:3]
+    shade = to_rgb("#E9E9E9") if missing else SHADES(math.sqrt(share / top))[:3]
     axes.fill(
         [x - 0.5, x + 0.5, x + 0.5, x - 0.5],
         [y - 0.5, y - 0.5, y + 0.5, y + 0.5],
