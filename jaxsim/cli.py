@@ -188,7 +188,7 @@ def _job(
     from jaxsim.runs import job
 
     if not is_trusted(jax.devices()[0].platform):
-        print(f"jaxsim: verdicts will be undecided: {UNTRUSTED}", file=sys.stderr)
+        print(f"jaxsim: {UNTRUSTED}", file=sys.stderr)
     if config.family.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     with _user_input():
@@ -232,7 +232,7 @@ def _doctor(command: Doctor, argv: list[str]) -> int:
         print(f"{'device':12} {device} ({device.platform})")
     print(f"{'64-bit mode':12} {'on' if jax.config.read('jax_enable_x64') else 'off'}")
     platform = jax.devices()[0].platform
-    trusted = "rest on checked functions" if is_trusted(platform) else f"undecided: {UNTRUSTED}"
+    trusted = "rest on checked functions" if is_trusted(platform) else UNTRUSTED
     print(f"{'verdicts':12} {trusted}")
     clash = name_clash()
     if clash:

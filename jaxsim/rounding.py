@@ -65,7 +65,10 @@ def sum_depth(count: int) -> int:
     return depth + count - 1
 
 
-UNTRUSTED = "the functions of this device are not checked; run: jaxsim doctor --functions"
+UNTRUSTED = (
+    "this device's functions are not checked, so that the slow host decides verdicts; "
+    "once: jaxsim doctor --functions"
+)
 
 
 def trust() -> Array:

@@ -18,6 +18,7 @@ from jaxsim import claims
 from jaxsim.instance import Instance
 from jaxsim.logspace import total
 from jaxsim.sources import Source
+from jaxsim.theorem.certify import certify
 from jaxsim.theorem.verdict import Covariances, Outcome, covariances, verdict
 from jaxsim.tilting import Centered, center, tilt
 
@@ -38,7 +39,8 @@ class Sums:
     invalid: Any  # instances without
     hypotheses_hold: Any
     violations: Any  # hypotheses hold, and TPM(A) < α
-    undecided: Any  # hypotheses or conclusion left open by rounding
+    undecided: Any  # hypotheses or conclusion left open
+    settled: Any  # left open by rounding, and decided on the host by `certify`
     below_alpha: Any  # TPM(A) < α, whatever the hypotheses
     tpm_aligned: Any  # sums over the counted instances
     alpha: Any
@@ -100,14 +102,17 @@ def stream(
     sums: list[Sums | None] = [None for _ in columns]
     totals = {c.name: ClaimTotal() for c in claims.CLAIMS if c.judge}
 
-    def collect(start: int, column: int, pending: Any) -> None:
-        tile_sums, tallies = jax.tree.map(np.asarray, pending)
-        if tile_sums is not None:
-            sums[column] = _plus(sums[column], tile_sums)
+    def collect(start: int, column: int, tile: Instance, pending: Any) -> None:
+        tile_sums, codes, tallies = jax.tree.map(np.asarray, pending)
         for name, tally in tallies.items():
             totals[name] = totals[name].plus(_claim_total(tally, start, columns[column]))
+        if tile_sums is not None:
+            if tile_sums.undecided:
+                tile_sums, found = _settle(tile, start, columns[column], codes, tile_sums)
+                totals["theorem_2"] = totals["theorem_2"].plus(found)
+            sums[column] = _plus(sums[column], tile_sums)
 
-    waiting: list[tuple[int, int, Any]] = []
+    waiting: list[tuple[int, int, Instance, Any]] = []
     for start in range(0, source.num, source.size):
         tile, rows = source.tile(start), min(source.size, source.num - start)
         base, hypotheses = _prepare(tile)
@@ -115,11 +120,11 @@ def stream(
             at = tile.beta if beta is None else jnp.full_like(tile.beta, beta)
             real = np.arange(source.size) < rows
             pending = _judge(screened, base, hypotheses, at, real, with_sums=True)
-            waiting.append((start, column, pending))
+            waiting.append((start, column, tile, pending))
             if start < audit:
                 real = np.arange(source.size) < min(rows, audit - start)
                 pending = _judge(audited, base, hypotheses, at, real, with_sums=False)
-                waiting.append((start, column, pending))
+                waiting.append((start, column, tile, pending))
         while len(waiting) > 2 * len(columns):  # the device works while the host adds up
             collect(*waiting.pop(0))
         progress(min(start + source.size, source.num))
@@ -175,11 +180,77 @@ def _judge(
     real: Array,
     *,
     with_sums: bool,
-) -> tuple[Sums | None, dict[str, claims.Tally]]:
-    """Judge a tile at one β."""
+) -> tuple[Sums | None, Array | None, dict[str, claims.Tally]]:
+    """Judge a tile at one β: its sums, the codes of its verdicts [3, instances], its claims."""
     case = claims.case(base, hypotheses, beta, real)
     tallies = {c.name: claims.tally(c.judge(case)) for c in judged if c.judge}
-    return (_sums(case, real) if with_sums else None), tallies
+    if not with_sums:
+        return None, None, tallies
+    verdict = case.verdict
+    codes = [verdict.hypothesis_aligned, verdict.hypothesis_unaligned, verdict.conclusion]
+    codes = [jnp.where(case.counted, code, jnp.int8(Outcome.TIE)) for code in codes]
+    return _sums(case, real), jnp.stack(codes), tallies
+
+
+def _settle(
+    tile: Instance, start: int, beta: float | None, codes: np.ndarray, sums: Sums
+) -> tuple[Sums, ClaimTotal]:
+    """Decide on the host what rounding left open; return the sums, and what that adds to a claim.
+
+    Args:
+        tile: the instances, [outputs, instances].
+        start: index of the first.
+        beta: β for all of them; None: each its own.
+        codes: of both hypotheses and the conclusion, [3, instances].
+        sums: the tile's.
+    """
+    rows = np.flatnonzero(_is_open(codes))
+    batch = jax.tree.map(lambda x: np.moveaxis(np.asarray(x)[..., rows], -1, 0), tile)
+    if beta is not None:
+        batch = replace(batch, beta=np.full_like(batch.beta, beta))
+    exact = certify(batch)
+    before = codes[:, rows]
+    after = np.stack([exact.hypothesis_aligned, exact.hypothesis_unaligned, exact.conclusion])
+    hold, violations, below = _counts(after) - _counts(before)
+    open_before = (before[0] == Outcome.HOLDS) & (before[1] == Outcome.HOLDS)
+    margin = np.where(np.asarray(exact.hypotheses_hold), exact.log_odds_shift, np.inf)
+    found = ClaimTotal(
+        tried=int(hold),
+        failed=int(violations),
+        undecided=-int((open_before & (before[2] == Outcome.UNDECIDED)).sum()),
+        worst_margin=float(margin.min()),
+        worst_index=start + int(rows[margin.argmin()]),
+        worst_beta=beta,
+    )
+    settled = replace(
+        sums,
+        hypotheses_hold=sums.hypotheses_hold + hold,
+        violations=sums.violations + violations,
+        below_alpha=sums.below_alpha + below,
+        undecided=sums.undecided - len(rows),
+        settled=sums.settled + len(rows),
+    )
+    return settled, found
+
+
+def _is_open(codes: Any) -> Any:
+    """Whether rounding leaves open if the hypotheses hold or, where they do, the conclusion."""
+    first, second, conclusion = codes
+    may_hold = ((first == Outcome.HOLDS) | (first == Outcome.UNDECIDED)) & (
+        (second == Outcome.HOLDS) | (second == Outcome.UNDECIDED)
+    )
+    return may_hold & (
+        (first == Outcome.UNDECIDED)
+        | (second == Outcome.UNDECIDED)
+        | (conclusion == Outcome.UNDECIDED)
+    )
+
+
+def _counts(codes: np.ndarray) -> np.ndarray:
+    """Count instances that meet the hypotheses, that violate the theorem, and with Δ < 0."""
+    hold = (codes[0] == Outcome.HOLDS) & (codes[1] == Outcome.HOLDS)
+    fails = codes[2] == Outcome.FAILS
+    return np.asarray([hold.sum(), (hold & fails).sum(), fails.sum()])
 
 
 def count_violations(source: Source, betas: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -213,16 +284,14 @@ def _sums(case: claims.Case, real: Array) -> Sums:
     def add(x: Array) -> Array:
         return total(jnp.where(counted, x, 0.0))[0]
 
-    open_hypotheses = (verdict.hypothesis_aligned == Outcome.UNDECIDED) | (
-        verdict.hypothesis_unaligned == Outcome.UNDECIDED
-    )
-    open_conclusion = verdict.hypotheses_hold & (verdict.conclusion == Outcome.UNDECIDED)
+    codes = verdict.hypothesis_aligned, verdict.hypothesis_unaligned, verdict.conclusion
     return Sums(
         counted=count(counted),
         invalid=jnp.sum(real & ~counted),
         hypotheses_hold=count(verdict.hypotheses_hold),
         violations=count(verdict.violated),
-        undecided=count(open_hypotheses | open_conclusion),
+        undecided=count(_is_open(codes)),
+        settled=jnp.zeros((), jnp.int32),
         below_alpha=count(verdict.conclusion == Outcome.FAILS),
         tpm_aligned=add(jnp.exp(results.log_tpm_aligned)),
         alpha=add(jax.nn.sigmoid(case.tilt.base.logit_alpha[0])),

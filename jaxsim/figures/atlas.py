@@ -47,9 +47,10 @@ def atlas(columns: Columns) -> Figure:
         own = tall if len(rows) > 1 or len(outputs) == 1 else 2 * _ROW
         axes = panel(figure, left, bottom + tall - own, _WIDE, own)
         _map(axes, part, betas, rows, top)
-        most = max(range(len(part["share"])), key=lambda i, p=part: _or_zero(p["share"][i]))
-        worst = percent(*(_or_zero(part[name][most]) for name in ("share", "low", "high")))
-        label = f"at most {worst}%" if part["share"][most] > 0 else "none"
+        shares = [_or_zero(x) for x in part["share"]]
+        most = shares.index(max(shares))
+        worst = percent(shares[most], _or_zero(part["low"][most]), _or_zero(part["high"][most]))
+        label = f"at most {worst}%" if shares[most] > 0 else "none"
         head = height - bottom - tall
         note(figure, left, head - 0.29, str(part["family"][0]), fontweight="bold")
         note(figure, left, head - 0.15, label, color=MUTED, fontsize=7)

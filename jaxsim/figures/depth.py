@@ -35,7 +35,7 @@ _LINES: list[dict[str, Any]] = [
 ]
 _HOLLOW = {"markerfacecolor": "none", "markeredgewidth": 0.8, "markeredgecolor": INK}
 _FALLS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
-_LEFT, _BOTTOM, _RIGHT, _TOP = 0.46, 0.42, 0.56, 0.38
+_BOTTOM, _RIGHT, _TOP = 0.42, 0.56, 0.38
 
 
 @styled
@@ -48,9 +48,12 @@ def depth(columns: Columns) -> Figure:
         columns: outputs, range_over_beta, bound, found (nats); a row per n and R. A row whose
             `found` is NaN only traces the bound.
     """
+    most = max(columns["range_over_beta"]) or 1.0
+    top = max(x for x in [*columns["bound"], *columns["found"]] if not math.isnan(x)) * 1.06 or 1.0
+    depths = even_ticks(0, top)
+    left = 0.34 + 0.06 * max(len(number(x)) for x in depths)
     figure = Figure((COLUMN, 2.84))
-    wide, tall = COLUMN - _LEFT - _RIGHT, 2.84 - _BOTTOM - _TOP
-    axes = panel(figure, _LEFT, _BOTTOM, wide, tall)
+    axes = panel(figure, left, _BOTTOM, COLUMN - left - _RIGHT, 2.84 - _BOTTOM - _TOP)
     outputs = sorted(set(columns["outputs"]))
     handles = []
     for at, n in reversed(list(enumerate(outputs))):
@@ -63,18 +66,16 @@ def depth(columns: Columns) -> Figure:
         # Above all lines, whichever is drawn last.
         axes.plot(found["range_over_beta"], found["found"], linestyle="", zorder=3, **marker)
         handles.append(Line2D([], [], label=f"n = {number(n)}", **line, **marker))
-    most = max(columns["range_over_beta"]) or 1.0
-    top = max(x for x in [*columns["bound"], *columns["found"], 1e-9] if not math.isnan(x))
     axes.set_xlim(0, most * 1.03)
-    axes.set_ylim(0, top * 1.06)
+    axes.set_ylim(0, top)
     ticks(axes.xaxis, even_ticks(0, most))
-    ticks(axes.yaxis, even_ticks(0, top * 1.06))
+    ticks(axes.yaxis, depths)
     axes.set_xlabel("range of the reward R = (max r − min r)/β (nats)")
     axes.set_ylabel("depth of a failure, −Δ (nats)")
-    _falls(axes, top * 1.06)
+    _falls(axes, top)
     text = "lines: the bound V(n, R); markers: the deepest failures of\nTheorem 2 found by descent"
-    note(figure, _LEFT, 0.06, text, fontsize=7)
-    key(figure, _LEFT + 0.1, _TOP + 0.04, handles[::-1])
+    note(figure, 0.46, 0.06, text, fontsize=7)
+    key(figure, left + 0.1, _TOP + 0.04, handles[::-1])
     return figure
 
 

@@ -361,6 +361,7 @@ def _write(directory: RunDirectory, results: Results) -> None:
             "hypotheses_hold": sums.hypotheses_hold,
             "violations": sums.violations,
             "undecided": sums.undecided,
+            "settled_exactly": sums.settled,
             "below_alpha": sums.below_alpha,
             "alpha_mean": sums.alpha / counted,
             "tpm_aligned_mean": sums.tpm_aligned / counted,

@@ -37,7 +37,7 @@ def settle(instance: Instance, found: Conditions) -> Conditions:
         log_p_a, log_p_u, reward, beta = (x[row] for x in rows)
         exact = ExactInstance(log_p_a, log_p_u, reward, float(beta))
         table[row] = _settled(exact, table[row].tolist())
-    columns = table.T.reshape(codes.shape)
+    columns: Any = table.T.reshape(codes.shape)
     return Conditions(**{rung: columns[at, ...] for at, rung in enumerate(RUNGS)})
 
 
