@@ -110,6 +110,35 @@ def shifts(count: int, betas: list[float], label: Any = "prompt", scale: float =
     )
 
 
+def cells(families: list[str], betas: list[float], share: float = 0.1) -> Columns:
+    """A map of two sizes for each family but the last, which has one."""
+    sizes = [(f, n) for f in families[:-1] for n in (2.0, 8.0)] + [(families[-1], 512.0)]
+    rows = [(f, n, b) for f, n in sizes for b in betas]
+    shares = [0.0 if n == 2 else share for _, n, _ in rows]
+    return table(
+        len(rows),
+        family=[f for f, _, _ in rows],
+        outputs=[n for _, n, _ in rows],
+        beta=[b for _, _, b in rows],
+        hypotheses_hold=100.0,
+        share=shares,
+        low=[s * 0.9 for s in shares],
+        high=[s * 1.1 for s in shares],
+    )
+
+
+def depths(outputs: list[float], found: float = 0.9) -> Columns:
+    rows = [(n, r) for n in outputs for r in (0.5, 2.0, 8.0)]
+    bound = [r / 4 for _, r in rows]
+    return table(
+        len(rows),
+        outputs=[n for n, _ in rows],
+        range_over_beta=[r for _, r in rows],
+        bound=bound,
+        found=[found * b for b in bound],
+    )
+
+
 SMALL: dict[str, tuple[Callable[[], Figure], set[str]]] = {
     "tpm_by_beta": (
         lambda: figures.tpm_by_beta(tpm(BETAS)),
@@ -142,11 +171,27 @@ SMALL: dict[str, tuple[Callable[[], Figure], set[str]]] = {
         lambda: figures.counterexample(outputs(3), FACTS),
         {"reward r", "$p_A$ and $p_U$ (probability)", "$p_{ref}$ and $p$* (probability)"},
     ),
+    "atlas": (
+        lambda: figures.atlas(cells(["one", "other", "real"], [0.0, *BETAS])),
+        {BETA_LABEL, "number of outputs n", "one", "at most 10%", "→0", "none"},
+    ),
+    "depth": (
+        lambda: figures.depth(depths([3.0, 32.0])),
+        {"n = 3", "n = 32"},
+    ),
     "prompts": (
         lambda: figures.prompts(shifts(3, BETAS)),
         {BETA_LABEL, "log-odds shift Δ (nats)", "hypotheses hold, yet Δ < 0 (1)", "prompt 0"},
     ),
 }
+
+
+def test_an_atlas_of_one_family_of_nothing_or_of_nan() -> None:
+    for share in (0.0, math.nan, 1.0):
+        for families in (["only"], ["one", "two", "three", "four"]):
+            figure = figures.atlas(cells(families, BETAS, share))
+            assert set(families) <= set(words(figure))
+            assert rendered(figure)["png"]
 
 
 def words(figure: Figure) -> list[str]:

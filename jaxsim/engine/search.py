@@ -21,13 +21,13 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 from mpmath import mp
-from mpmath.ctx_iv import MPIntervalContext
 
 from jaxsim.families.counter import key_words
 from jaxsim.instance import Instance
 from jaxsim.logspace import LOG_ZERO, unit_roundoff
 from jaxsim.theorem.bounds import two_point_cumulant, worst_case_shift
 from jaxsim.theorem.certify import certify
+from jaxsim.theorem.exact import enclose, intervals
 from jaxsim.tilting import center, tilt
 
 # A step that does not shrink: of each ascent the deepest point is kept, not the last.
@@ -95,11 +95,10 @@ class RationalInstance:
             return 0.0
         bits = 128
         while True:
-            context = MPIntervalContext()
-            context.prec = bits
-            growth = [context.exp(_enclosed(context, x)) for x in exponents]
+            context = intervals(bits)
+            growth = [context.exp(enclose(context, x)) for x in exponents]
             log_a, log_u = (
-                context.log(sum(_enclosed(context, w) * e for w, e in zip(p, growth, strict=True)))
+                context.log(sum(enclose(context, w) * e for w, e in zip(p, growth, strict=True)))
                 for p in (self.p_aligned, self.p_unaligned)
             )
             shift = log_a - log_u
@@ -467,8 +466,3 @@ def _levels(outputs: int, top: int, beta: Fraction) -> Iterator[_Levels]:
                 yield _Levels(
                     sizes=(low, middle, high), middle=above, top=top, beta=beta, units=(d - a, a)
                 )
-
-
-def _enclosed(context: Any, x: Fraction) -> Any:
-    """Return an interval that holds a fraction."""
-    return context.mpf(x.numerator) / context.mpf(x.denominator)

@@ -15,7 +15,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxsim.instance import Instance
-from jaxsim.logspace import LOG_ZERO, AnyArray, total
+from jaxsim.logspace import LOG_ZERO, AnyArray, total, unit_roundoff
+from jaxsim.rounding import EXP, QUOTIENT, sum_depth
+from jaxsim.theorem.verdict import allowed
 from jaxsim.tilting import Centered, Component, center, tilt
 
 
@@ -90,7 +92,7 @@ def tpm_bounds(instance: Instance) -> TpmBounds:
     mean_a, mean_u = (total(part.p * base.above_center) for part in (base.aligned, base.unaligned))
     tuned_a = total(x.aligned.p * base.above_center)
     apart = (mean_a - mean_u) / x.beta
-    excess = two_point_cumulant(_share(base, mean_a), x.spread)
+    excess = two_point_cumulant(_share(base), x.spread)
 
     def bound(shift: Array) -> TpmBound:
         logit = (base.logit_alpha + shift)[0]
@@ -119,24 +121,42 @@ def sufficient_beta(instance: Instance) -> Float[Array, " *tile"]:
     Returns:
         A β in units of reward; `inf` where E_A[r] ≤ E_U[r], 0 where all rewards are equal.
 
+    Numerics:
+        Rounded up: the difference of the means is lessened by its error bound (docs/verdicts.md),
+        and where nothing certain is left of it β is `inf`.
+
     Example:
         >>> from jaxsim import Instance, sufficient_beta
         >>> instance = Instance.from_probs([0., 1., 0.], [.5, 0., .5], [0., 3., 4.], .5, 1.)
-        >>> print(sufficient_beta(instance))
-        2.0
+        >>> print(f"{sufficient_beta(instance):.4f}")
+        2.0000
     """
     base = center(instance)
-    lead = total(base.aligned.p * base.above_center) - total(base.unaligned.p * base.above_center)
-    leads = lead > 0
+    unit, outputs = unit_roundoff(base.reward.dtype), base.reward.shape[0]
+    means, sizes = (
+        [total(part.p * x) for part in (base.aligned, base.unaligned)]
+        for x in (base.above_center, jnp.abs(base.above_center))
+    )
+    lead = means[0] - means[1]
+    units = (2 + 2 * EXP + QUOTIENT + 2 * sum_depth(outputs)) * sum(sizes) + jnp.abs(lead)
+    flushed = 8 * outputs * float(jnp.finfo(base.reward.dtype).tiny) * (1 + base.span)
+    certain = lead - allowed(unit * units + flushed)
+    leads = certain > 0
     # Not span², which may overflow.
-    enough = base.span / 8 * (base.span / jnp.where(leads, lead, 1.0))
+    enough = base.span / 8 * (base.span / jnp.where(leads, certain, 1.0))
+    enough = enough * (1 + (6 + QUOTIENT) * unit)
     return jnp.where(base.span == 0, 0.0, jnp.where(leads, enough, jnp.inf))[0]
 
 
-def _share(base: Centered, mean: Array) -> Array:
-    """Return where a mean lies between the least reward (0) and the greatest (1)."""
-    lowest = jnp.min(jnp.where(base.support, base.above_center, jnp.inf), axis=0, keepdims=True)
-    return jnp.clip((mean - lowest) / jnp.where(base.span > 0, base.span, 1.0), 0.0, 1.0)
+def _share(base: Centered) -> Array:
+    """Return where E_A[r] lies between the least reward (0) and the greatest (1).
+
+    Summed from the least: a difference of means would lose small shares, which e^R magnifies.
+    """
+    lowest = jnp.min(jnp.where(base.support, base.reward, jnp.inf), axis=0, keepdims=True)
+    above = jnp.where(base.support, base.reward - lowest, 0.0)
+    span = jnp.where(base.span > 0, base.span, 1.0)
+    return jnp.clip(total(base.aligned.p * (above / span)), 0.0, 1.0)
 
 
 def worst_case_shift(outputs: ArrayLike, range_over_beta: ArrayLike) -> Any:

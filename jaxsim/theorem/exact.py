@@ -113,7 +113,7 @@ class ExactInstance:
         def value(bits: int) -> Any:
             context, a, u, _ = self._at(bits)
             p = a if aligned else u
-            return _dot([_interval(context, d) for d in above], p) / sum(p, start=context.zero)
+            return _dot([enclose(context, d) for d in above], p) / sum(p, start=context.zero)
 
         none = [Fraction(0)] * size
         sign, found = self._resolve(value, lambda: not _collect(log_p, none, above))
@@ -136,19 +136,19 @@ class ExactInstance:
     def _products(self, bits: int, x: Weights, y: Weights, tilted: bool) -> tuple[Any, Any]:
         """Return the two products of sums whose difference is asked about."""
         context, a, u, tilt = self._at(bits)
-        left = [_interval(context, w) for w in x]
+        left = [enclose(context, w) for w in x]
         if tilted:
             left = [w * t for w, t in zip(left, tilt, strict=True)]
-        right = [_interval(context, w) for w in y]
+        right = [enclose(context, w) for w in y]
         return _dot(left, a) * _dot(right, u), _dot(left, u) * _dot(right, a)
 
     def _at(self, bits: int) -> tuple[Any, ...]:
         """Return enclosures of e^a, e^u and e^{(r - max r)/β} at a precision, and their context."""
         if bits not in self._intervals:
-            context = _context(bits)
+            context = intervals(bits)
 
             def exp(x: Fraction | None) -> Any:
-                return context.zero if x is None else context.exp(_interval(context, x))
+                return context.zero if x is None else context.exp(enclose(context, x))
 
             parts = ([exp(x) for x in xs] for xs in (self.log_a, self.log_u, self.tilt))
             self._intervals[bits] = (context, *parts)
@@ -172,7 +172,7 @@ class ExactInstance:
 
 
 @cache
-def _context(bits: int) -> Any:
+def intervals(bits: int) -> Any:
     """Return the interval arithmetic of one precision; to set up one takes 20 ms."""
     context = MPIntervalContext()
     context.prec = bits
@@ -189,7 +189,8 @@ def _collect(
     return {key: w for key, w in found.items() if w}
 
 
-def _interval(context: Any, x: Fraction | int) -> Any:
+def enclose(context: Any, x: Fraction | int) -> Any:
+    """Return an interval of a context that holds a rational number."""
     if isinstance(x, int):
         return context.mpf(x)
     return context.mpf(x.numerator) / context.mpf(x.denominator)
