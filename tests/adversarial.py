@@ -1,4 +1,4 @@
-"""Hard single instances, named: what an evaluation of the closed form has to survive.
+"""Hard single instances and policies, named: what an evaluation of the paper has to survive.
 
 Everything is drawn in float64, normalised there and rounded to the dtype asked for; the rounded
 numbers are the instance. Shapes are ragged; `padded` fills an instance up with outputs outside the
@@ -26,7 +26,7 @@ RANGES = (
 SIZES = (1, 2, 3, 5, 8, 32, 127, 128, 129)
 BETAS = (1.0, 1e-3, 0.03, 0.5, 7.0, 1e3, 1e6)
 LOGITS = (0.0, 0.4, -2.0, 5.0, -12.0, 28.0, -28.0)
-SHAPES = (8, 129, 1000, 4096)  # what tests pad to: one compilation each
+SHAPES = (8, 129, 4096)  # what tests pad to: one compilation each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,3 +393,65 @@ def instances(dtype: DTypeLike, seed: int = 0, size: int = 360) -> Iterator[Case
         n = draft.x.shape[0]
         label = f"{i}:{name} n={n} range/beta={span:g} beta={beta:g} logit={logit:g}"
         yield _store(draft, label, logit, beta, kind)
+
+
+# Policies, as unnormalised log-masses, from log p* and log p_ref (-inf outside the support).
+
+
+def _jitter(rng: Rng, log_p: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Move every log-probability a little, by 1e-8 to 1."""
+    return log_p + 10.0 ** rng.uniform(-8, 0) * rng.standard_normal(log_p.shape)
+
+
+def _on(support: NDArray[np.bool_], log_p: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.where(support, log_p, -np.inf)
+
+
+def _holes(rng: Rng, star: NDArray[np.float64], ref: NDArray[np.float64]) -> NDArray[np.float64]:
+    kept = np.isfinite(ref) & (rng.random(ref.shape) < 0.5)
+    kept[rng.choice(np.flatnonzero(np.isfinite(ref)))] = True
+    return _on(kept, rng.choice([star, ref]))
+
+
+def _one_output(
+    rng: Rng, star: NDArray[np.float64], ref: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    return _on(np.arange(ref.size) == rng.choice(np.flatnonzero(np.isfinite(ref))), ref)
+
+
+PolicyFamily = Callable[[Rng, NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
+POLICIES: dict[str, PolicyFamily] = {
+    "optimum": lambda rng, star, ref: star,
+    "near-optimum": lambda rng, star, ref: _jitter(rng, star),
+    "reference": lambda rng, star, ref: ref,
+    "near-reference": lambda rng, star, ref: _jitter(rng, ref),
+    "between": lambda rng, star, ref: _on(
+        np.isfinite(ref), 0.5 * np.where(np.isfinite(ref), star + ref, 0.0)
+    ),
+    "unrelated": lambda rng, star, ref: _on(np.isfinite(ref), _dirichlet(rng, ref.size)),
+    "deep": lambda rng, star, ref: _on(np.isfinite(ref), _deep(rng, ref.size)),
+    "uniform": lambda rng, star, ref: _on(np.isfinite(ref), np.zeros(ref.size)),
+    "holes": _holes,
+    "one-output": _one_output,
+    "everywhere": lambda rng, star, ref: _dirichlet(rng, ref.size),
+}
+
+
+def policies(
+    case: Case, log_p_star: NDArray[np.float64], log_p_ref: NDArray[np.float64], seed: int
+) -> tuple[str, Vector, Vector]:
+    """Draw two policies for an instance, stored in its dtype: their names, and both.
+
+    One pair in eight is a policy and itself, a few units in the last place apart.
+    """
+    rng = np.random.default_rng([seed, 3])
+    drawn: list[tuple[str, Vector]] = []
+    for _ in range(2):
+        name = str(rng.choice(list(POLICIES)))
+        log_p = POLICIES[name](rng, log_p_star, log_p_ref)
+        drawn.append((name, _log_normalised(log_p, case.reward.dtype)))
+    (one, first), (two, second) = drawn
+    if rng.random() < 0.125:
+        toward = np.where(rng.random(first.shape) < 0.5, 0, -np.inf).astype(first.dtype)
+        two, second = "itself", np.nextafter(first, np.where(np.isfinite(first), toward, first))
+    return f"{one} and {two}", first, second

@@ -3,7 +3,8 @@
 Nothing here imports the package under test. Three layers:
 
 * `exact` and `condition_numbers`: one instance in mpmath, with the accuracy that can be asked
-  of a floating-point evaluation of it; `exact_signs` decides the verdicts.
+  of a floating-point evaluation of it; `exact_signs` decides the verdicts; `exact_objective` and
+  its neighbours do the same for functions of a policy.
 * `tilt_numpy`: the paper's formulas on batches in plain NumPy float64, for quick cross-checks.
 * `tilted_masses`, `exact_log_odds_shift`: rational instances (`fractions.Fraction`), where only
   the exponential is not a fraction.
@@ -61,6 +62,8 @@ class Exact:
     mean_uniform: mpf
     # Per output.
     log_p_star: Reals
+    log_weight_aligned: Reals
+    log_weight_unaligned: Reals
     log_p_ref: Reals
     p_star: Reals
     p_ref: Reals
@@ -78,6 +81,8 @@ class Exact:
     # Scalars of the instance.
     beta: mpf
     logit_alpha: mpf
+    log_alpha: mpf
+    log_not_alpha: mpf
     range_over_beta: mpf
 
 
@@ -170,6 +175,7 @@ def exact(
         u = [u_of[r] for r in stored]
         log_z = (c + shift) / b + log_zc
         logit_tpm = logit + delta
+        log_alpha, log_not_alpha = -mp.log1p(mp.exp(-logit)), -mp.log1p(mp.exp(logit))
         k = len(support)
         mean_dev = mp.fsum(dev) / k
         dev_a, dev_u = mp.fdot(pa, dev), mp.fdot(pu, dev)
@@ -190,6 +196,8 @@ def exact(
             mean_reference=c + shift,
             mean_uniform=c + mean_dev,
             log_p_star=[x + y for x, y in zip(log_pr, u, strict=True)],
+            log_weight_aligned=[log_alpha + x for x in u],
+            log_weight_unaligned=[log_not_alpha + x for x in u],
             log_p_ref=log_pr,
             p_star=p_star,
             p_ref=pr,
@@ -206,6 +214,8 @@ def exact(
             centre=c,
             beta=b,
             logit_alpha=logit,
+            log_alpha=log_alpha,
+            log_not_alpha=log_not_alpha,
             range_over_beta=(max(dev) - min(dev)) / b,
         )
 
@@ -262,6 +272,12 @@ def condition_numbers(e: Exact, unit: float) -> dict[str, Any]:
         (1 - p*_i)(eps_i + delta_i) - sum_{j != i} p*_j (eps_j + delta_j); a log-probability
         is not promised below u itself, so
         (1 - p*_i)(|t_i| + |log p_ref_i|) + sum_{j != i} p*_j (|t_j| + |log p_ref_j|) + 1.
+    log_weight_aligned, log_weight_unaligned (lists)
+        Lemma 1: log alpha_A(y_i) = log alpha + u_i. The logarithm of alpha has one rounding;
+        u_i = t_i - log E_ref e^t moves by (1 - p*_i) eps_i - sum_{j != i} p*_j eps_j with the t,
+        and with the p_ref, normalised, as log Z does:
+        |log alpha| + (1 - p*_i)|t_i| + sum_{j != i} p*_j |t_j| + sum |p* - p_ref||log p_ref|
+        + min(1, R).
     """
     with mp.workdps(20):
         ps, pr, t, lr, u = e.p_star, e.p_ref, e.centred, e.log_p_ref, e.log_ratio
@@ -275,12 +291,9 @@ def condition_numbers(e: Exact, unit: float) -> dict[str, Any]:
             + _tilt_distance(e.tilted_unaligned, e.p_unaligned, e.log_p_unaligned)
             + saturated
         )
-        kappa_z = (
-            abs(e.mean_reference) / e.beta
-            + _abs_fdot(ps, t)
-            + mp.fsum(abs(a - b) * abs(c) for a, b, c in zip(ps, pr, lr, strict=True))
-            + saturated
-        )
+        mean_t = _abs_fdot(ps, t)
+        reference_moves = mp.fsum(abs(a - b) * abs(c) for a, b, c in zip(ps, pr, lr, strict=True))
+        kappa_z = abs(e.mean_reference) / e.beta + mean_t + reference_moves + saturated
         logit_error = kappa_shift + shift + abs(e.logit_alpha + e.log_odds_shift)
         kl = e.kl
         kappa_kl = 4 * unit * saturated**2 + mp.fsum(
@@ -292,6 +305,10 @@ def condition_numbers(e: Exact, unit: float) -> dict[str, Any]:
             p * abs(d) * (1 + s) for p, d, s in zip(ps, e.deviation_star, size, strict=True)
         )
         mean_size = mp.fdot(ps, size)
+        kappa_ratio = [
+            (1 - p) * abs(w) + (mean_t - p * abs(w)) + reference_moves + saturated
+            for p, w in zip(ps, t, strict=True)
+        ]
         return {
             "log_odds_shift": kappa_shift,
             "log_z": kappa_z,
@@ -305,6 +322,8 @@ def condition_numbers(e: Exact, unit: float) -> dict[str, Any]:
             "log_p_star": [
                 1 + (1 - p) * s + (mean_size - p * s) for p, s in zip(ps, size, strict=True)
             ],
+            "log_weight_aligned": [x - e.log_alpha for x in kappa_ratio],
+            "log_weight_unaligned": [x - e.log_not_alpha for x in kappa_ratio],
         }
 
 
@@ -325,12 +344,136 @@ def underflow_floors(e: Exact, tiny: float) -> dict[str, mpf]:
     return floors | {"objective": base * max(mpf(1), e.beta)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """An exact value, its condition number, and what underflow may cost."""
+
+    value: mpf
+    kappa: mpf
+    floor: mpf
+
+
+def exact_objective(e: Exact, log_policy: ArrayLike, unit: float, tiny: float) -> Known:
+    """L(pi) = E_pi[r] - beta KL(pi || p_ref), pi the stored policy, normalised exactly.
+
+    -inf where the policy has mass outside the support. With v_i = log pi_i/p_ref_i and
+    g_i = r_i - m - beta v_i, whose mean under pi is L - m, kappa adds the effects of rounding
+    m (|m|); r_i - m (E_pi|r - m|); pi_i, relatively (sum pi_i (g_i - E_pi g) delta_i); v_i, by
+    u|v_i| (where v is small the derivative of the Bregman term, pi_i v_i, is small too); and
+    log p_ref_i, by u(1 + |log p_ref_i|), p_ref staying normalised:
+        |m| + E_pi|r - m| + E_pi|g - E_pi g|
+        + beta (E_pi[|v| min(1, |v|)] + sum |pi - p_ref|(1 + |log p_ref|))
+    and to second order, as for the KL of the optimum, beta u E_pi (1 + |log pi| + |log p_ref|)^2.
+    """
+    logs = np.asarray(log_policy).astype(np.float64).tolist()
+    inside = set(e.support)
+    if any(x != -np.inf for i, x in enumerate(logs) if i not in inside):
+        return Known(value=-mp.inf, kappa=mpf(0), floor=mpf(0))
+    with mp.workdps(e.digits):
+        pi, log_pi = _component([logs[i] for i in e.support])
+        size, off_reference, moved, divergence = mpf(0), mpf(0), mpf(0), mpf(0)
+        gain: Reals = []
+        terms = zip(pi, log_pi, e.p_ref, e.log_p_ref, strict=True)
+        m = e.mean_reference - e.centre
+        above = [d - m for d in e.deviation]
+        for (p, log_p, q, log_q), d in zip(terms, above, strict=True):
+            off_reference += abs(p - q) * (1 - log_q)
+            if log_p is None:
+                gain.append(mpf(0))
+                continue
+            v = log_p - log_q
+            gain.append(d - e.beta * v)
+            divergence += p * v
+            moved += p * abs(v) * min(mpf(1), abs(v))
+            size += p * (1 - log_p - log_q) ** 2
+        mean_gain = mp.fdot(pi, gain)
+        spread = mp.fdot(pi, (abs(g - mean_gain) for g in gain))
+        kappa = abs(e.mean_reference) + _abs_fdot(pi, above) + spread
+        kappa += e.beta * (moved + off_reference + unit * size)
+        largest = e.range_over_beta + max(abs(x) for x in e.log_p_ref) + 1
+        return Known(
+            value=e.mean_reference + mean_gain,
+            kappa=kappa,
+            floor=len(pi) * mpf(tiny) * max(mpf(1), e.beta * largest),
+        )
+
+
+def exact_tpm(e: Exact, log_policy: ArrayLike, tiny: float) -> Known:
+    """E_pi[alpha p_A/p_ref] = sum pi_i sigma(l_i), l_i = logit alpha + log p_A,i/p_U,i.
+
+    The sum is over the policy as stored; its mass outside the support counts as zero. Kappa: the
+    logarithm of p_A,i/p_U,i is rounded by u times itself, the normalisation of the components
+    moves it by u, and the sum l_i is rounded; sigma' = sigma (1 - sigma), which vanishes where one
+    component does:
+        sum pi_i sigma_i (1 - sigma_i)(1 + |log p_A,i/p_U,i| + |l_i|).
+    The relative error of pi_i is that of the result.
+    """
+    logs = np.asarray(log_policy).astype(np.float64).tolist()
+    with mp.workdps(e.digits):
+        alpha, not_alpha = mp.exp(e.log_alpha), mp.exp(e.log_not_alpha)
+        value, kappa = mpf(0), mpf(0)
+        for i, a, u, q, log_a, log_u in zip(
+            e.support, e.p_aligned, e.p_unaligned, e.p_ref, e.log_p_aligned, e.log_p_unaligned,
+            strict=True,
+        ):  # fmt: skip
+            if logs[i] == -np.inf:
+                continue
+            owed = mp.exp(mpf(logs[i])) * alpha * a / q
+            value += owed
+            if log_a is not None and log_u is not None:
+                apart = log_a - log_u
+                size = 1 + abs(apart) + abs(e.logit_alpha + apart)
+                kappa += owed * (not_alpha * u / q) * size
+        return Known(value=value, kappa=kappa, floor=2 * len(e.support) * mpf(tiny))
+
+
+def exact_kl(log_p: ArrayLike, log_q: ArrayLike, tiny: float, digits: int = 50) -> Known:
+    """KL(p || q) = sum (p log(p/q) - p + q) over the stored numbers: KL where both sum to one.
+
+    inf where p has mass that q lacks. Kappa: the logarithms are stored, their difference v_i is
+    rounded by u|v_i|, which moves the term by |p_i v_i| u; where |v_i| < 1 it is q phi(v), whose
+    derivative p_i v_i makes that p_i v_i^2: E_p[|v| min(1, |v|)]. The relative errors of p and q
+    are within those of the terms, none of which is negative.
+    """
+    pairs = [
+        (x, y)
+        for x, y in zip(*(np.asarray(z).astype(np.float64).tolist() for z in (log_p, log_q)),
+                        strict=True)
+        if max(x, y) != -np.inf
+    ]  # fmt: skip
+    if any(y == -np.inf for _, y in pairs):
+        return Known(value=mp.inf, kappa=mpf(0), floor=mpf(0))
+    with mp.workdps(digits):
+        value, kappa, largest = mpf(0), mpf(0), mpf(0)
+        for x, y in pairs:
+            q = mp.exp(mpf(y))
+            if x == -np.inf:
+                value += q
+                continue
+            v = mpf(x) - mpf(y)
+            ratio = mp.exp(v)
+            value += q * _bregman(v, ratio)
+            kappa += q * ratio * abs(v) * min(mpf(1), abs(v))
+            largest = max(largest, abs(v))
+        return Known(value=value, kappa=kappa, floor=len(pairs) * mpf(tiny) * (2 + largest))
+
+
+def exact_take_back(tuned: float, reference: float, a: float, b: float) -> Known:
+    """Return a tuned - b reference, whose products are rounded: kappa is the sum of their sizes."""
+    with mp.workdps(50):
+        kept, taken = mpf(a) * mpf(tuned), mpf(b) * mpf(reference)
+        return Known(value=kept - taken, kappa=abs(kept) + abs(taken), floor=mpf(0))
+
+
 def error_ratio(x_hat: Any, x: mpf, kappa: mpf, unit: float, floor: mpf | float = 0) -> float:
     """|x_hat - x| / (u (kappa + |x|)) after an absolute allowance; infinite if x_hat is not finite.
 
-    The promise is a ratio of at most 8. Zero error is ratio zero even where kappa + |x| = 0.
+    The promise is a ratio of at most 8. Zero error is ratio zero even where kappa + |x| = 0, and an
+    infinite x must be met exactly.
     """
     value = float(x_hat)
+    if mp.isinf(x):
+        return 0.0 if value == float(x) else float("inf")
     if not np.isfinite(value):
         return float("inf")
     with mp.workdps(50):

@@ -52,7 +52,8 @@ def survey(source: Source, betas: tuple[float, ...], *, wanted: int) -> Survey:
     drawn = hold = open_hypotheses = 0
     counts = np.zeros((len(betas), 2), np.int64)
     for tile, real, seen, unclear in _meeting(source, wanted):
-        pending = [_judge(tile, jnp.float32(beta), real) for beta in betas]
+        base = _center(tile)
+        pending = [_judge(base, jnp.asarray(beta, tile.beta.dtype), real) for beta in betas]
         counts += np.stack([np.asarray(x) for x in pending])
         hold += int(real.sum())
         drawn, open_hypotheses = seen, unclear
@@ -104,11 +105,13 @@ def _hypotheses(instance: Instance) -> tuple[Array, Array]:
     return hold, ~hold & ~never
 
 
+_center = jax.jit(center)  # what does not depend on β, once per tile
+
+
 @jax.jit
-def _judge(instance: Instance, beta: Array, real: Array) -> Array:
+def _judge(base: Centered, beta: Array, real: Array) -> Array:
     """Return the numbers of violations and of undecided instances at one β."""
-    base = center(instance)
-    at = jnp.full_like(instance.beta, jnp.where(beta > 0, beta, 1.0))
+    at = jnp.broadcast_to(jnp.where(beta > 0, beta, 1.0), base.center.shape[1:])
     code = verdict(covariances(base), tilt(base, at)).conclusion
     code = jnp.where(beta > 0, code, best_level(base))
     return jnp.stack([jnp.sum((code == c) & real) for c in (Outcome.FAILS, Outcome.UNDECIDED)])
