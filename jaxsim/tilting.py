@@ -14,7 +14,7 @@ subtracted to give a log-probability: log p*/p_ref is taken relative to the mode
 logarithm of a product of moderate size is taken once, of the product.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -372,10 +372,22 @@ def mixture_weights(instance: Instance) -> MixtureWeights:
         [0.25 0.25]
     """
     x = tilt(center(instance), instance.beta)
-    log_ratio = jnp.where(x.base.support, optimum(x).log_ratio, -jnp.inf)
+    log_ratio = jnp.where(x.base.support, _log_ratio(x, optimum(x)), -jnp.inf)
     return MixtureWeights(
         aligned=x.base.log_alpha + log_ratio, unaligned=x.base.log_not_alpha + log_ratio
     )
+
+
+def _log_ratio(x: Tilt, best: Optimum) -> Float[Array, " outputs *tile"]:
+    """Return log p*/p_ref, accurate on every output, likely or not.
+
+    Relative to the mode it would carry the rounding error of the mode's own t, which may be large
+    although the mode holds little of p*. Tilted about E_{p*}[r] instead, no likely t is large.
+    """
+    mean = lax.stop_gradient(best.expected_reward)
+    about = jnp.where(x.base.support, x.base.reward - mean, 0.0)
+    wide = tilt(replace(x.base, above_center=about), x.beta[0])
+    return jnp.where(x.narrow, best.log_ratio, wide.t - wide.log_z_centered)
 
 
 def objective(
@@ -390,6 +402,10 @@ def objective(
     Returns:
         L(π) in units of reward; `-inf` where π has mass outside the support of p_ref. Always
         L(π) = β log Z - β KL(π‖p*).
+
+    Numerics:
+        π is divided by its sum, and the KL taken in Bregman form (`kl_divergence`), so that an
+        error ε in the normalisation of π enters only as β ε²: within 8u(κ + |L|), also as β → ∞.
     """
     return objective_at(center(instance), instance.beta[None], log_policy)[0]
 
@@ -401,11 +417,13 @@ def objective_at(
     used = log_policy > LOG_ZERO
     inside = used & base.support
     log_pi = jnp.where(inside, log_policy, 0.0)
-    log_ratio = log_pi - jnp.where(inside, log_reference(base), 0.0)
+    log_ratio = jnp.where(inside, log_pi - jnp.where(inside, log_reference(base), 0.0), LOG_ZERO)
     policy = jnp.where(inside, jnp.exp(log_pi), 0.0)
+    terms = bregman_kl_term(log_ratio, policy, base.p_ref)
+    kl = total(jnp.where(base.support, terms, 0.0))
     # Divided by the sum of π, which rounding keeps from being one: else that error is multiplied by
     # the size of the reward.
-    gain = total(policy * (base.above_center - beta * log_ratio)) / total(policy)
+    gain = (total(policy * base.above_center) - beta * kl) / total(policy)
     return jnp.where(jnp.any(used & ~base.support, axis=0), -jnp.inf, base.center + gain)
 
 
