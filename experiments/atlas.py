@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy.special import betaincinv
 
 from jaxsim.engine.atlas import Survey, survey
 from jaxsim.families.counter import key_words
@@ -27,6 +26,7 @@ from jaxsim.families.spec import Family, Scalar
 from jaxsim.figures import draw_all
 from jaxsim.runs.config import from_dict
 from jaxsim.runs.directory import RunDirectory
+from jaxsim.runs.job import clopper_pearson
 from jaxsim.sources import FamilySource, Source, read
 
 
@@ -105,27 +105,19 @@ def table(directory: RunDirectory, atlas: Atlas) -> dict[str, list[Any]]:
     for name, n in cells(atlas):
         cell = done(directory, atlas, name, n)
         assert cell is not None
-        for beta, failed, unclear in zip(
-            atlas.betas, cell["violations"], cell["undecided"], strict=True
-        ):
-            hold = cell["hold"]
-            # What is undecided may be on either side.
-            low = betaincinv(failed, hold - failed + 1, 0.025) if failed else 0.0
-            most = min(failed + unclear, hold)
-            high = betaincinv(most + 1, hold - most, 0.975) if most < hold else 1.0
+        for beta, failed in zip(atlas.betas, cell["violations"], strict=True):
+            low, high = clopper_pearson(failed, cell["hold"])
             rows.append(
                 {
                     "family": name,
                     "outputs": n or 512,
                     "beta": beta,
                     "drawn": cell["drawn"],
-                    "hypotheses_open": cell["open_hypotheses"],
-                    "hypotheses_hold": hold,
+                    "hypotheses_hold": cell["hold"],
                     "violations": failed,
-                    "undecided": unclear,
-                    "share": failed / hold if hold else float("nan"),
-                    "low": float(low),
-                    "high": float(high),
+                    "share": failed / cell["hold"] if cell["hold"] else float("nan"),
+                    "low": low,
+                    "high": high,
                 }
             )
     return {key: [row[key] for row in rows] for key in rows[0]}

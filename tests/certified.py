@@ -588,7 +588,7 @@ def _newton_beta(x: _Stored, beta: float) -> float:
     return float(1 / s)
 
 
-# Exact ties of each kind. Some are of numbers on a grid coarse enough that their sums are in either dtype.
+# Exact ties of each kind; some on a grid so coarse that sums of its numbers are in either dtype.
 
 _GRID = 2.0**-20
 
