@@ -123,7 +123,7 @@ class _Component:
 
     @classmethod
     def of(cls, log_p: np.ndarray) -> "_Component":
-        mass = np.where(log_p > LOG_ZERO, _exp(log_p), 0.0)
+        mass = np.where(log_p > LOG_ZERO, exp_by_ieee(log_p), 0.0)
         return cls(log_p=log_p, mass=mass, total=mass.sum(axis=0))
 
 
@@ -153,7 +153,7 @@ def _shift(
 
 def _narrow_shift(a: _Component, u: _Component, t: np.ndarray) -> tuple[np.ndarray, ...]:
     """Return Δ by the sign of E_A[g] - E_U[g], g = e^t - 1, both sides times both totals."""
-    outputs, growth = len(t), _expm1(np.clip(t, -1.0, 1.0))
+    outputs, growth = len(t), expm1_by_ieee(np.clip(t, -1.0, 1.0))
     size = np.abs(growth)
 
     def sums(terms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -173,7 +173,7 @@ def _wide_shift(a: _Component, u: _Component, t: np.ndarray) -> tuple[np.ndarray
     for part in (a, u):
         exponent = np.where(part.log_p > LOG_ZERO, part.log_p + t, -np.inf)
         peak = exponent.max(axis=0)
-        weight = _exp(exponent - peak)
+        weight = exp_by_ieee(exponent - peak)
         total = weight.sum(axis=0)
         # Of t two roundings, of the exponent one, and one of its distance from the peak, whose
         # mean is at most log n. A vanishing weight takes no part.
@@ -186,7 +186,7 @@ def _wide_shift(a: _Component, u: _Component, t: np.ndarray) -> tuple[np.ndarray
     ratio = parts[0][0] / parts[1][0]
     units += np.abs(apart) + _EXP + 5
     error = np.where(_U * units < 1e-3, _U * units * 1.01, np.inf)
-    rho = ratio * _exp(np.clip(apart, -600.0, 600.0))  # beyond, its sign is that of `apart`
+    rho = ratio * exp_by_ieee(np.clip(apart, -600.0, 600.0))  # beyond, its sign is that of `apart`
     return apart + np.log(ratio), rho - 1, error * rho + _U
 
 
@@ -196,7 +196,7 @@ _LN2_LOW = -4.2009150726810846e-11  # ln 2 less that
 _TAYLOR = [1 / math.factorial(k) for k in range(22)]
 
 
-def _exp(x: np.ndarray) -> np.ndarray:
+def exp_by_ieee(x: np.ndarray) -> np.ndarray:
     """Return e^x from +, -, × alone, within 6 u, or below 1e-300 where that is less.
 
     x = k ln 2 + r with |r| ≤ 0.35. In Horner's scheme the term r^k/k! takes 2k + 1 roundings and
@@ -209,7 +209,7 @@ def _exp(x: np.ndarray) -> np.ndarray:
     return np.ldexp(_horner(r, _TAYLOR[:15]), k.astype(np.int32))
 
 
-def _expm1(x: np.ndarray) -> np.ndarray:
+def expm1_by_ieee(x: np.ndarray) -> np.ndarray:
     """Return e^x - 1 for |x| ≤ 1 from + and × alone, within 12 u: x times its series over x."""
     return x * _horner(x, _TAYLOR[1:])
 

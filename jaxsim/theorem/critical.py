@@ -21,7 +21,7 @@ from scipy.optimize import brentq
 
 from jaxsim.instance import Instance, validate
 from jaxsim.logspace import AnyArray
-from jaxsim.theorem.certify import _exp, _expm1
+from jaxsim.theorem.certify import exp_by_ieee, expm1_by_ieee
 from jaxsim.theorem.exact import ExactInstance
 from jaxsim.theorem.polynomial import odd_zeros_beyond_one
 
@@ -157,7 +157,7 @@ class _Shift:
         floating = kind is np.float64
         self._dtype: Any = np.float64 if floating else object
         self._unit = kind(2) ** -53 if floating else mp.mpf(10) ** (2 - _DIGITS)
-        self._exp = _exp if floating else np.frompyfunc(mp.exp, 1, 1)
+        self._exp = exp_by_ieee if floating else np.frompyfunc(mp.exp, 1, 1)
         self._expm1 = _small_expm1 if floating else np.frompyfunc(mp.expm1, 1, 1)
 
         def number(x: Fraction) -> Any:
@@ -169,7 +169,8 @@ class _Shift:
             return np.array([p[level].sum() for level in exact.levels], self._dtype) / p.sum()
 
         of_a, of_u = masses(exact.log_a), masses(exact.log_u)
-        self._rounding = len(exact.reward) + 40  # of a mass, a reward and a term, in units
+        # Units of error: two sums for a mass and one for f, and single operations and exponentials.
+        self.rounding = 3 * len(exact.reward) + 60
         self.c, self.size = of_a - of_u, of_a + of_u
         top, self.far_sign = self._highest_difference()
         self.vanishes = self.far_sign == 0
@@ -178,13 +179,13 @@ class _Shift:
         self.scaled = [(r - values[-1]) / span for r in values]
         self.rho = np.array([number(x) for x in self.scaled], self._dtype)
         self.c, self.size = self.c[: top + 1], self.size[: top + 1]
-        self._c_error = self._unit * self._rounding * self.size
+        self._c_error = self._unit * self.rounding * self.size
         self._c_most = abs(self.c) + self._c_error
 
     def _highest_difference(self) -> tuple[int, int]:
         """Return the highest level on which the components differ, and which leads there."""
         for k in range(len(self.c) - 1, -1, -1):
-            if abs(self.c[k]) > self._unit * self._rounding * self.size[k]:
+            if abs(self.c[k]) > self._unit * self.rounding * self.size[k]:
                 return k, 1 if self.c[k] > 0 else -1
             if sign := self._exact.compare(self._exact.on(self._exact.levels[k])):
                 return k, sign
@@ -197,8 +198,8 @@ class _Shift:
         # Σ c = 0: for small s the smaller terms.
         small = (s < 1)[:, None]
         term = np.where(small, self._expm1(np.where(small, exponent, 0 * exponent)), weight)
-        wide = self._rounding + np.where(small, 0, 4 * abs(exponent))
-        slope_wide = self._rounding + 4 * abs(exponent)
+        wide = self.rounding + np.where(small, 0, 4 * abs(exponent))
+        slope_wide = self.rounding + 4 * abs(exponent)
         f, f_error = (term * self.c).sum(axis=1), (abs(term) * self.size * wide).sum(axis=1)
         slope = (weight * self.c * self.rho).sum(axis=1)
         slope_error = (weight * self.size * abs(self.rho) * slope_wide).sum(axis=1)
@@ -211,7 +212,7 @@ class _Shift:
     def near_zero(self) -> tuple[int, float]:
         """Return the sign of f for small s, and an s up to which it is certain."""
         moment, power = (self.c * self.rho).sum(), 1
-        if abs(moment) > self._unit * self._rounding * (self.size * abs(self.rho)).sum():
+        if abs(moment) > self._unit * self.rounding * (self.size * abs(self.rho)).sum():
             sign = 1 if moment > 0 else -1
         else:
             while True:  # of K levels one of the first K - 1 moments differs
@@ -289,7 +290,8 @@ def _sign_changes(exact: ExactInstance, shift: _Shift) -> int:
     for k in range(len(shift.rho) - 1):
         weights = np.maximum(shift.rho - shift.rho[k], 0)
         value, size = (weights * shift.c).sum(), (weights * shift.size).sum()
-        if abs(value) > 2.0**-53 * shift._rounding * size:
+        cancelled = 4 * abs(shift.rho[k]) * shift.size[k:].sum()  # each ρ is rounded
+        if abs(value) > 2.0**-53 * (shift.rounding * size + cancelled):
             sign = 1 if value > 0 else -1
         else:
             t = exact.reward[exact.levels[k][0]]
@@ -326,7 +328,7 @@ def _zero(rough: _Shift, fine: _Shift, low: Any, high: Any) -> Any:
 
 
 def _small_expm1(x: Any) -> Any:
-    return _expm1(np.maximum(x, -1.0))
+    return expm1_by_ieee(np.maximum(x, -1.0))
 
 
 def _root(x: Any) -> Any:
