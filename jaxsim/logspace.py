@@ -60,6 +60,23 @@ def first_where(mask: Array) -> Array:
     return place == first
 
 
+def bits(x: Float[Array, " *shape"]) -> Array:
+    """Return floats as integers: equal only if stored alike, where a device may flush subnormals.
+
+    -0 and 0 differ.
+    """
+    return lax.bitcast_convert_type(x, jnp.int32 if x.dtype.itemsize == 4 else jnp.int64)
+
+
+def stored_alike(x: Float[Array, " outputs *tile"], where: Array) -> Array:
+    """Return whether all entries along the first axis that a mask admits are stored alike."""
+    stored = bits(x)
+    limits = jnp.iinfo(stored.dtype)
+    least = jnp.min(jnp.where(where, stored, limits.max), axis=0, keepdims=True)
+    most = jnp.max(jnp.where(where, stored, limits.min), axis=0, keepdims=True)
+    return least == most
+
+
 def two_sum(a: Float[Array, " *shape"], b: Float[Array, " *shape"]) -> tuple[Array, Array]:
     """Return fl(a + b) and its rounding error, exactly (Knuth 1969)."""
     s = a + b

@@ -26,7 +26,7 @@ from jaxtyping import Array
 
 from jaxsim.logspace import BLOCK
 
-EXP, EXPM1, LOG, LOG1P = 3, 10, 3, 3
+EXP, EXPM1, LOG, LOG1P = 4, 12, 4, 8
 QUOTIENT = 2
 
 

@@ -726,6 +726,8 @@ def check(rows: Rows, first: int | None = None) -> Tally:
             undecided = codes == Outcome.UNDECIDED
             tally.counts["compared", name, rows.dtype, code] += int((~undecided).sum())
             tally.counts["undecided", name, rows.dtype, code] += int(undecided.sum())
+            tied = undecided & (exact[:, place] == 0)
+            tally.counts["undecided tie", name, rows.dtype, code] += int(tied.sum())
             bad = codes != exact[:, place]
             if name == "theorem2":
                 bad &= ~undecided
@@ -821,7 +823,11 @@ def report(tally: Tally) -> str:
                 some = tally.number("undecided", name, dtype, code)
                 of = some + tally.number("compared", name, dtype, code)
                 share = f"{some / of:.2e}" if of else "-"
-                lines.append(f"  {dtype} {code:<21} undecided {some:>9,} of {of:>11,}  {share}")
+                ties = tally.number("undecided tie", name, dtype, code)
+                lines.append(
+                    f"  {dtype} {code:<21} undecided {some:>9,} of {of:>11,}  {share}"
+                    f", exact ties {ties:,}"
+                )
     ties = ", ".join(f"{code} {tally.number('exact ties', code):,}" for code in CODES)
     lines.append(f"exact ties: {ties}")
     lines.append(f"wrong: {len(tally.wrong)}")

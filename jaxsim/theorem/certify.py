@@ -176,8 +176,9 @@ def _wide_shift(a: _Component, u: _Component, t: np.ndarray) -> tuple[np.ndarray
         weight = exp_by_ieee(exponent - peak)
         total = weight.sum(axis=0)
         # Of t two roundings, of the exponent one, and one of its distance from the peak, whose
-        # mean is at most log n. A vanishing weight takes no part.
-        size = np.where(weight > _FLUSHED, 2 * np.abs(t) + np.abs(exponent), 0.0)
+        # mean is at most log n. What stays negligible whatever its rounding takes no part.
+        size = 2 * np.abs(t) + np.abs(exponent)
+        size = np.where(exponent + 4 * _U * size > peak - 740, size, 0.0)
         small = _U * size.max(axis=0) < 0.01
         units += np.where(small, (weight * size).sum(axis=0) / total * 1.05, np.inf)
         units += 2 * (_EXP + outputs) + math.log(outputs)

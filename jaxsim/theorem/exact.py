@@ -11,7 +11,6 @@ of distinct algebraic numbers are linearly independent over the rationals (Linde
 So first some digits, then the test for zero, then digits without end: that always ends.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cache, cached_property
@@ -75,34 +74,23 @@ class ExactInstance:
         With y = 1 it is the sign of E_A[x] - E_U[x].
         """
         y = self.everywhere if y is None else y
-
-        def difference(bits: int) -> Any:
-            more, less = self._products(bits, x, y, tilted=False)
-            return more - less
-
-        return self._resolve(difference, lambda: self._cancels(x, y, tilted=False))[0]
+        return self._resolve(x, y, False, lambda difference, more, less: difference)[0]
 
     def difference(self, x: Weights) -> tuple[int, Any]:
         """Return E_A[x] - E_U[x]: its sign, and its value to 64 bits or more."""
         one = self.everywhere
-
-        def value(bits: int) -> Any:
-            more, less = self._products(bits, x, one, tilted=False)
-            _, a, u, _ = self._at(bits)
-            return (more - less) / (_dot(one, a) * _dot(one, u))
-
-        return self._resolve(value, lambda: self._cancels(x, one, tilted=False))
+        return self._resolve(x, one, False, None)
 
     def log_odds_shift(self) -> tuple[int, float]:
         """Return Δ: its sign, and its value rounded to float64."""
         one = self.everywhere
 
-        def ratio_above_one(bits: int) -> Any:
-            more, less = self._products(bits, one, one, tilted=True)
-            return (more - less) / less
+        def ratio(difference: Any, more: Any, less: Any) -> Any:
+            """Relative to the smaller of the two, so that log1p has a positive argument."""
+            return difference / (less if difference.a > 0 else more)
 
-        sign, value = self._resolve(ratio_above_one, lambda: self._cancels(one, one, tilted=True))
-        return sign, float(mp.log1p(value)) if sign else 0.0
+        sign, value = self._resolve(one, one, True, ratio)
+        return sign, sign * float(mp.log1p(abs(value))) if sign else 0.0
 
     def covariance(self, *, aligned: bool) -> tuple[int, float]:
         """Return Cov(r, p) under the uniform distribution: its sign and its value."""
@@ -110,27 +98,51 @@ class ExactInstance:
         mean = sum(self.reward, Fraction(0)) / size
         above = [(r - mean) / size for r in self.reward]
 
-        def value(bits: int) -> Any:
+        if not _collect(log_p, [Fraction(0)] * size, above):
+            return 0, 0.0
+        bits = _FIRST_BITS
+        while True:
             context, a, u, _ = self._at(bits)
             p = a if aligned else u
-            return _dot([enclose(context, d) for d in above], p) / sum(p, start=context.zero)
+            value = _dot([enclose(context, d) for d in above], p) / sum(p, start=context.zero)
+            if (sign := _known(value)) is not None:
+                return sign, float(mp.mpf(value.mid))
+            bits *= 2
 
-        none = [Fraction(0)] * size
-        sign, found = self._resolve(value, lambda: not _collect(log_p, none, above))
-        return sign, float(found)
+    def _resolve(
+        self, x: Weights, y: Weights, tilted: bool, finish: Callable[..., Any] | None
+    ) -> tuple[int, Any]:
+        """Return the sign of the sum above, and what `finish` makes of it, to 64 bits or more.
 
-    def _resolve(self, value: Callable[[int], Any], is_zero: Callable[[], bool]) -> tuple[int, Any]:
-        """Return a number's sign, and the number to more than 64 bits, by as many as that takes."""
-        bits, tested = _FIRST_BITS, False
+        `finish` gets the sum and the two products of which it is the difference; without it the sum
+        is divided by the totals of both components. Where the first bits do not tell the sign, what
+        cancels exactly is taken out, so that it costs no digits.
+        """
+        bits, terms = _FIRST_BITS, None
         while True:
-            found = value(bits)
-            sign = _sign(found)
-            if sign is not None and found.delta <= abs(found.mid) * 2.0**-64:
-                return sign, mp.mpf(found.mid)
-            if sign is None and not tested:
-                if is_zero():
-                    return 0, mp.zero
-                tested = True
+            context, a, u, _ = self._at(bits)
+            more, less = self._products(bits, x, y, tilted)
+            difference = more - less
+            if terms is not None:
+                difference = sum(
+                    (enclose(context, c) * context.exp(enclose(context, e)) for e, c in terms),
+                    start=context.zero,
+                )
+            if _sign(difference) is None:
+                if terms is None:
+                    terms = self._terms(x, y, tilted)
+                    if not terms:
+                        return 0, mp.zero
+                    continue
+            else:
+                one = self.everywhere
+                value = (
+                    finish(difference, more, less)
+                    if finish
+                    else difference / (_dot(one, a) * _dot(one, u))
+                )
+                if (sign := _known(value)) is not None:
+                    return sign, mp.mpf(value.mid)
             bits *= 2
 
     def _products(self, bits: int, x: Weights, y: Weights, tilted: bool) -> tuple[Any, Any]:
@@ -154,21 +166,22 @@ class ExactInstance:
             self._intervals[bits] = (context, *parts)
         return self._intervals[bits]
 
-    def _cancels(self, x: Weights, y: Weights, tilted: bool) -> bool:
-        """Whether all coefficients of the exponential sum are zero."""
+    def _terms(self, x: Weights, y: Weights, tilted: bool) -> list[tuple[Fraction, Fraction]]:
+        """Return exponents and coefficients of the exponential sum, without those that cancel."""
         # Of outputs that agree in log p and exponent only the summed weight counts.
         shift = self.tilt if tilted else [Fraction(0)] * len(self.tilt)
         left_a, left_u = (_collect(log_p, shift, x) for log_p in (self.log_a, self.log_u))
         none = [Fraction(0)] * len(self.tilt)
         right_a, right_u = (_collect(log_p, none, y) for log_p in (self.log_a, self.log_u))
         if left_a == left_u and right_a == right_u:
-            return True
-        coefficients: Counter[Fraction] = Counter()
+            return []
+        coefficients: dict[Fraction, Fraction] = {}
         for left, right, sign in ((left_a, right_u, 1), (left_u, right_a, -1)):
             for (log_p, t), w in left.items():
                 for (log_q, _), v in right.items():
-                    coefficients[log_p + t + log_q] += sign * w * v  # type: ignore[assignment]
-        return not any(coefficients.values())
+                    exponent = log_p + t + log_q
+                    coefficients[exponent] = coefficients.get(exponent, Fraction(0)) + sign * w * v
+        return [(exponent, c) for exponent, c in coefficients.items() if c]
 
 
 @cache
@@ -199,6 +212,12 @@ def enclose(context: Any, x: Fraction | int) -> Any:
 def _dot(weights: Sequence[Any], values: Sequence[Any]) -> Any:
     products = (w * v for w, v in zip(weights, values, strict=True))
     return sum(products, start=0 * values[0])
+
+
+def _known(x: Any) -> int | None:
+    """Return the sign of an interval that is narrow enough to stand for a number, else None."""
+    sign = _sign(x)
+    return sign if sign is not None and x.delta <= abs(x.mid) * 2.0**-64 else None
 
 
 def _sign(x: Any) -> int | None:

@@ -22,9 +22,9 @@ from jax import lax
 from jaxtyping import Array, Int8
 
 from jaxsim.instance import Instance
-from jaxsim.logspace import LOG_ZERO, AnyArray, unit_roundoff
+from jaxsim.logspace import LOG_ZERO, AnyArray, bits, stored_alike, unit_roundoff
 from jaxsim.rounding import EXP, LOG, LOG1P, QUOTIENT, sum_depth
-from jaxsim.theorem.verdict import Outcome, allowed, covariances, verdict
+from jaxsim.theorem.verdict import Outcome, allowed, covariances, stored_equal, verdict
 from jaxsim.tilting import center, tilt
 
 
@@ -116,8 +116,13 @@ def conditions(instance: Instance) -> Conditions:
         jnp.where(fails_somewhere, Outcome.FAILS, Outcome.UNDECIDED),
         judged.conclusion,
     ]
-    same = (base.span[0] == 0) | jnp.all(log_a == log_u, axis=0)
-    codes = [jnp.where(same, Outcome.TIE, code).astype(jnp.int8) for code in implied(found, jnp)]
+    # A device may take subnormal rewards for equal ones: then nothing is certain but ties.
+    hidden = jnp.any(
+        (jnp.abs(base.reward) < jnp.finfo(dtype).tiny) & (bits(base.reward) != 0), axis=0
+    )
+    codes = [jnp.where(hidden, Outcome.UNDECIDED, code) for code in implied(found, jnp)]
+    same = (stored_alike(base.reward, base.support) | stored_equal(base))[0]
+    codes = [jnp.where(same, Outcome.TIE, code).astype(jnp.int8) for code in codes]
     return Conditions(**dict(zip(RUNGS, codes, strict=True)))
 
 

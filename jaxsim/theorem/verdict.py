@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from jaxsim.instance import Instance
-from jaxsim.logspace import AnyArray, total, unit_roundoff
+from jaxsim.logspace import AnyArray, bits, stored_alike, total, unit_roundoff
 from jaxsim.rounding import EXP, EXPM1, LOG, LOG1P, QUOTIENT, sum_depth, trust
 from jaxsim.tilting import Centered, Component, Tilt, TiltedComponent, center, tilt
 
@@ -114,6 +114,7 @@ def covariances(base: Centered) -> Covariances:
     above_mean = jnp.where(base.support, base.reward - mean, 0.0)
     rest, size = total(above_mean) / count, total(jnp.abs(above_mean)) / count
     flushed = 8 * float(info.tiny) * outputs * (1 + base.span)
+    constant = stored_alike(base.reward, base.support)
 
     def covariance(part: Component, sign: int) -> tuple[Array, Array]:
         value = (total(part.p * above_mean) - rest) / count
@@ -121,10 +122,8 @@ def covariances(base: Centered) -> Covariances:
         units = (2 + 2 * EXP + QUOTIENT + 2 * depth) * total(part.p * jnp.abs(above_mean))
         units = (units + (1 + QUOTIENT + depth) * size) / count + (1 + QUOTIENT) * jnp.abs(value)
         bound = allowed(unit_roundoff(info.dtype) * units + flushed / count)
-        highest = jnp.max(part.log_p, axis=0, keepdims=True)
-        lowest = jnp.min(jnp.where(base.support, part.log_p, jnp.inf), axis=0, keepdims=True)
-        uniform = highest == lowest
-        return value, decide(sign * value, bound, (base.span == 0) | uniform)
+        uniform = stored_alike(part.log_p, base.support)
+        return value, decide(sign * value, bound, constant | uniform)
 
     aligned, hypothesis_aligned = covariance(base.aligned, 1)
     unaligned, hypothesis_unaligned = covariance(base.unaligned, -1)
@@ -176,6 +175,16 @@ def shift_error(x: Tilt) -> Array:
     return allowed(jnp.where(x.narrow, unit * narrow, wide) + flushed)
 
 
+def stored_equal(base: Centered) -> Array:
+    """Whether both components are stored alike, [1, *tile].
+
+    Not where a log p is zero: a device may have flushed it to that.
+    """
+    differ = bits(base.aligned.log_p) != bits(base.unaligned.log_p)
+    flushed = jnp.abs(base.aligned.log_p) < jnp.finfo(base.reward.dtype).tiny
+    return ~jnp.any(differ | flushed, axis=0, keepdims=True)
+
+
 def allowed(bound: Array) -> Array:
     """Widen an error bound for its own rounding, and without end on an unchecked platform."""
     return bound * (1 + 2.0**-8) * trust().astype(bound.dtype)
@@ -184,15 +193,14 @@ def allowed(bound: Array) -> Array:
 def verdict(hypotheses: Covariances, x: Tilt) -> Verdict:
     """Judge the conclusion on an instance already tilted, and join it to the hypotheses."""
     base, shift = x.base, x.log_odds_shift
-    apart = jnp.abs(base.aligned.log_p - base.unaligned.log_p)
-    same = jnp.max(apart, axis=0, keepdims=True) == 0
+    constant = stored_alike(base.reward, base.support)
     fields = Verdict(
         covariance_aligned=hypotheses.aligned,
         covariance_unaligned=hypotheses.unaligned,
         log_odds_shift=shift,
         hypothesis_aligned=hypotheses.hypothesis_aligned,
         hypothesis_unaligned=hypotheses.hypothesis_unaligned,
-        conclusion=decide(shift, shift_error(x), (base.span == 0) | same),
+        conclusion=decide(shift, shift_error(x), constant | stored_equal(base)),
     )
     return jax.tree.map(lambda field: field[0], fields)
 
