@@ -79,8 +79,8 @@ class Doctor:
     """Report versions, devices, and whether another package named jaxsim is in the way."""
 
     functions: bool = False
-    """Check exp, expm1, log and log1p on this device over every float32, up to half an hour: the
-    error bounds of verdicts rest on that. Needed once on a GPU or TPU; shipped as checked for CPU."""
+    """Check exp, expm1, log and log1p on this device over every float32, up to half an hour.
+    Verdicts rest on it. Needed once on a GPU or TPU; shipped as checked for CPU."""
 
 
 def main(argv: list[str] | None = None) -> int:
