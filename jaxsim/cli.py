@@ -246,11 +246,11 @@ def _check_functions() -> int:
     from jaxsim import rounding
 
     with _reporting() as report:
-        report.stage("checking functions", 100)
+        report.stage("checking functions", 100, "%")
         errors = rounding.largest_errors(progress=lambda share: report.progress(int(100 * share)))
-    print("\nfunction   largest error   assumed   (units of 2^-24, over every float32)")
-    for name, function in rounding.FUNCTIONS.items():
-        print(f"{name:10} {errors[name]:13.3f} {function.bound:9.0f}")
+    print("\nfunction   largest error   assumed   (in 2^-24; quotients: of a sample)")
+    for name, bound in rounding.BOUNDS.items():
+        print(f"{name:10} {errors[name]:13.3f} {bound:9.0f}")
     if not rounding.passes(errors):
         print("jaxsim: a function is less accurate than verdicts assume", file=sys.stderr)
         return 1

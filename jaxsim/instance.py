@@ -27,7 +27,8 @@ class Instance:
     constructors `from_probs`, `from_log_probs` and `from_reference` for data.
 
     Attributes:
-        log_p_aligned: log p_A, nats, [outputs] or [instances, outputs]; `-inf` is zero mass.
+        log_p_aligned: log p_A, nats, [outputs] or [instances, outputs]; `-inf`, or anything down
+            from -1e30, is zero mass.
         log_p_unaligned: log p_U, likewise.
         reward: r, finite; its unit is that of β.
         logit_alpha: log α/(1-α), [] or [instances]. α is the weight of A in the reference.
@@ -277,6 +278,12 @@ def _build(
     if all(_concrete(getattr(instance, f.name)) for f in fields(instance)):
         _check_scale(instance)
     return instance
+
+
+def require_concrete(name: str, instance: Instance) -> None:
+    """Raise a TypeError under `jit`, `vmap` or `grad`, for the host-only function `name`."""
+    if not all(_concrete(leaf) for leaf in jax.tree.leaves(instance)):
+        raise TypeError(f"{name} needs concrete values; call it outside jit, vmap and grad")
 
 
 def validate(instance: Instance) -> None:

@@ -25,13 +25,13 @@ def bar() -> Iterator[Report]:
         task = progress.add_task("starting", total=None, rate="")
         clock = _Clock()
 
-        def stage(name: str, total: int) -> None:
-            clock.start(total)
+        def stage(name: str, total: int, unit: str = "instances") -> None:
+            clock.start(total, unit)
             progress.reset(task, description=name, total=total or None, rate="")
 
         def step(done: int) -> None:
             rate = clock.rate(done)
-            shown = f"{rate:,.0f} instances/s" if rate else ""
+            shown = f"{rate:,.0f} {clock.unit}/s" if rate else ""
             progress.update(task, completed=done, rate=shown)
 
         yield Report(stage=stage, progress=step)
@@ -43,10 +43,10 @@ def lines() -> Iterator[Report]:
     clock = _Clock()
     last = [0.0]
 
-    def stage(name: str, total: int) -> None:
-        clock.start(total)
+    def stage(name: str, total: int, unit: str = "instances") -> None:
+        clock.start(total, unit)
         last[0] = time.monotonic()
-        print(f"{name}{f' {total:,} instances' if total else ''} …", file=sys.stderr, flush=True)
+        print(f"{name}{f' {total:,} {unit}' if total else ''} …", file=sys.stderr, flush=True)
 
     def step(done: int) -> None:
         now = time.monotonic()
@@ -55,7 +55,7 @@ def lines() -> Iterator[Report]:
             text = f"  {done:,} of {clock.total:,}"
             rate = clock.rate(done)
             if rate:
-                text += f", {rate:,.0f} instances/s, {(clock.total - done) / rate:.0f} s left"
+                text += f", {rate:,.3g} {clock.unit}/s, {(clock.total - done) / rate:.0f} s left"
             print(text, file=sys.stderr, flush=True)
 
     yield Report(stage=stage, progress=step)
@@ -65,10 +65,10 @@ class _Clock:
     """Rate of a stage, counted from its first report so that compilation does not distort it."""
 
     def __init__(self) -> None:
-        self.start(0)
+        self.start(0, "")
 
-    def start(self, total: int) -> None:
-        self.total = total
+    def start(self, total: int, unit: str) -> None:
+        self.total, self.unit = total, unit
         self._first: tuple[float, int] | None = None
 
     def rate(self, done: int) -> float | None:

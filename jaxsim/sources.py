@@ -349,6 +349,15 @@ def sample(source: Source, num: int, betas: tuple[float, ...]) -> Instance:
     return jax.tree.map(jnp.asarray, batch)
 
 
+def columns(tile: Instance, which: np.ndarray, beta: float | None) -> Instance:
+    """Return some instances of a tile as a batch on the host, at another β if one is given."""
+    batch = jax.tree.map(lambda x: np.moveaxis(np.asarray(x)[..., which], -1, 0), tile)
+    if beta is None:
+        return batch
+    same: Any = np.full_like(batch.beta, beta)
+    return replace(batch, beta=same)
+
+
 def one(source: Source, index: int, beta: float | None) -> Instance:
     """Return instance `index` of a source as it is in its tile, at another β if one is given."""
     start = index - index % source.size

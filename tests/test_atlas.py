@@ -14,6 +14,7 @@ import pytest
 import jaxsim
 from jaxsim import Components, Family, Instance, Rewards
 from jaxsim.engine.atlas import survey
+from jaxsim.engine.table import per_instance
 from jaxsim.families.counter import key_words
 from jaxsim.sources import ArraySource, FamilySource, tile_size
 
@@ -77,6 +78,8 @@ def test_what_rounding_leaves_open_is_settled() -> None:
     assert found.settled == 15
     assert found.violations.tolist() == [5 * (code == -1) for code in exact]
     assert set(exact) == {-1, 1}
+    table = per_instance(held, betas)
+    assert table["conclusion"].tolist() == [code for code in exact for _ in range(5)]
 
 
 # From 0.1 to 6 million instances each; the last digit may be off by one or two.

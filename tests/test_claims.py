@@ -18,7 +18,8 @@ from scipy import stats
 from jaxsim import Components, Family, Instance, Rewards, Scalar, sample_instances
 from jaxsim.claims import CLAIMS, Case, Judgement, Tally, case, tally
 from jaxsim.engine import stream as streaming
-from jaxsim.engine.stream import BIN_EDGES, ClaimTotal, Totals, count_violations, quantiles, stream
+from jaxsim.engine.atlas import survey
+from jaxsim.engine.stream import BIN_EDGES, ClaimTotal, Totals, quantiles, stream
 from jaxsim.families.counter import key_words
 from jaxsim.runs.job import clopper_pearson
 from jaxsim.sources import ArraySource, FamilySource, tile_size
@@ -403,9 +404,9 @@ def test_bins_hold_what_lies_between_their_edges() -> None:
 
 
 def test_violations_are_counted_as_the_stream_counts() -> None:
-    hold, violated = count_violations(family_source(FAMILY, NUM), BETAS)
-    np.testing.assert_array_equal(hold, streamed().sums.hypotheses_hold)
-    np.testing.assert_array_equal(violated, streamed().sums.violations)
+    found = survey(family_source(FAMILY, NUM), BETAS, wanted=NUM)
+    np.testing.assert_array_equal(streamed().sums.hypotheses_hold, found.hold)
+    np.testing.assert_array_equal(streamed().sums.violations, found.violations)
 
 
 def test_binary_rewards_never_violate_theorem_2() -> None:
@@ -418,9 +419,9 @@ def test_binary_rewards_never_violate_theorem_2() -> None:
             reward=Rewards(kind="binary", probability=0.2, scale=5.0),
         ),
     ):
-        hold, violated = count_violations(family_source(family, 131_072), (0.05, 0.3, 1.0, 10.0))
-        assert np.all(hold > 10_000)
-        np.testing.assert_array_equal(violated, 0)
+        found = survey(family_source(family, 131_072), (0.05, 0.3, 1.0, 10.0), wanted=131_072)
+        assert found.hold > 10_000
+        np.testing.assert_array_equal(found.violations, 0)
 
 
 # THEORY of the counterexamples: shares with TPM(A) < α among those that meet the hypotheses, known
@@ -432,9 +433,10 @@ SHARES = {3: (8.8, 4.3, 1.0), 32: (33.0, 24.0, 8.0)}
 def test_violations_are_as_common_as_known(outputs: int, request: pytest.FixtureRequest) -> None:
     num = 2_000_000 if request.config.getoption("--slow") else 65_536
     source = family_source(Family(outputs=outputs), num)
-    hold, violated = count_violations(source, (0.05, 0.3, 1.0))
+    found = survey(source, (0.05, 0.3, 1.0), wanted=num)
     slack = 0.0005 if outputs == 3 else 0.006  # how the shares are rounded
-    for n, k, share in zip(hold, violated, SHARES[outputs], strict=True):
+    n = found.hold
+    for k, share in zip(found.violations, SHARES[outputs], strict=True):
         low = stats.beta.ppf(0.0005, k, n - k + 1)
         high = stats.beta.ppf(0.9995, k + 1, n - k)
         assert low - slack <= share / 100 <= high + slack

@@ -161,6 +161,24 @@ def test_random_instances(family: Family) -> None:
         np.testing.assert_array_equal(changes == -1, np.diff(place) % 2 == 1)
 
 
+@pytest.mark.parametrize("depth", [-600.0, -800.0, -5000.0])
+def test_a_best_output_of_next_to_no_mass(depth: float) -> None:
+    """Its mass is no float64, and yet it decides what happens at small β."""
+    log_a, log_u = [math.log(0.6), math.log(0.4), depth], [math.log(0.5), math.log(0.5), -math.inf]
+    near = Instance(
+        log_p_aligned=np.asarray(log_a, np.float32),
+        log_p_unaligned=np.asarray(log_u, np.float32),
+        reward=np.asarray([0, 1, 2], np.float32),
+        logit_alpha=np.float32(0),
+        beta=np.float32(1),
+    )
+    found = jaxsim.critical_betas(near)
+    assert bool(found.complete)
+    assert found.betas.shape == (1,)
+    assert_crossing(near, found.betas[0])
+    assert jaxsim.conditions(near).mgf_order == Outcome.FAILS
+
+
 def test_parity_under_the_hypotheses() -> None:
     """Odd exactly when U leads on the best output: Δ > 0 for large β, and < 0 as β → 0."""
     batch = jax.device_get(jaxsim.sample_instances(jax.random.key(9), Family(outputs=4), 400))

@@ -7,8 +7,7 @@ settled on the host, so that nothing remains undecided.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jaxtyping import Array
 from jaxsim.instance import Instance
 from jaxsim.logspace import LOG_ZERO, total, unit_roundoff
 from jaxsim.rounding import EXP, EXPM1, QUOTIENT, sum_depth
-from jaxsim.sources import Source
+from jaxsim.sources import Source, columns
 from jaxsim.theorem.certify import certify
 from jaxsim.theorem.exact import ExactInstance
 from jaxsim.theorem.verdict import Outcome, allowed, covariances, decide
@@ -80,7 +79,7 @@ def _meeting(source: Source, wanted: int) -> Iterator[tuple[Instance, int, int, 
         held, open_ = (np.array(x)[:rows] for x in _hypotheses(tile))
         unsure = np.flatnonzero(open_)
         if len(unsure):
-            held[unsure] = certify(_columns(tile, unsure)).hypotheses_hold
+            held[unsure] = certify(columns(tile, unsure, None)).hypotheses_hold
         unclear += int(open_.sum())
         found += int(held.sum())
         gathered += int(held.sum())
@@ -110,19 +109,13 @@ def _padded(instance: Instance, size: int) -> Instance:
     return jax.tree.map(fit, instance)
 
 
-def _columns(tile: Instance, rows: np.ndarray) -> Instance:
-    """Return some instances of a tile as a batch."""
-    return jax.tree.map(lambda x: np.moveaxis(np.asarray(x)[..., rows], -1, 0), tile)
-
-
 def _settled(tile: Instance, rows: np.ndarray, beta: float) -> np.ndarray:
     """Decide the conclusion of some instances of a tile exactly."""
-    batch = _columns(tile, rows)
     if not len(rows):
         return np.zeros(0, np.int8)
+    batch = columns(tile, rows, beta or None)
     if beta > 0:
-        same: Any = np.full_like(batch.beta, beta)
-        return np.asarray(certify(replace(batch, beta=same)).conclusion)
+        return np.asarray(certify(batch).conclusion)
     stored = zip(batch.log_p_aligned, batch.log_p_unaligned, batch.reward, strict=True)
     codes = []
     for log_a, log_u, reward in stored:

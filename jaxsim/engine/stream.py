@@ -17,10 +17,10 @@ from jaxtyping import Array
 from jaxsim import claims
 from jaxsim.instance import Instance
 from jaxsim.logspace import total
-from jaxsim.sources import Source
+from jaxsim.sources import Source, columns
 from jaxsim.theorem.certify import certify
-from jaxsim.theorem.verdict import Covariances, Outcome, covariances, verdict
-from jaxsim.tilting import Centered, center, tilt
+from jaxsim.theorem.verdict import Covariances, Outcome, covariances
+from jaxsim.tilting import Centered, center
 
 # Histogram of log-odds: 800 bins of 0.05 from -20 to 20, and one for all beyond on either side.
 BIN_EDGES = np.linspace(-20.0, 20.0, 801)
@@ -98,17 +98,17 @@ def stream(
     """
     screened = tuple(c for c in claims.CLAIMS if c.judge and c.everywhere)
     audited = tuple(c for c in claims.CLAIMS if c.judge and not c.everywhere)
-    columns = betas or (None,)
-    sums: list[Sums | None] = [None for _ in columns]
+    values = betas or (None,)
+    sums: list[Sums | None] = [None for _ in values]
     totals = {c.name: ClaimTotal() for c in claims.CLAIMS if c.judge}
 
     def collect(start: int, column: int, tile: Instance, pending: Any) -> None:
         tile_sums, codes, tallies = jax.tree.map(np.asarray, pending)
         for name, tally in tallies.items():
-            totals[name] = totals[name].plus(_claim_total(tally, start, columns[column]))
+            totals[name] = totals[name].plus(_claim_total(tally, start, values[column]))
         if tile_sums is not None:
             if tile_sums.undecided:
-                tile_sums, found = _settle(tile, start, columns[column], codes, tile_sums)
+                tile_sums, found = _settle(tile, start, values[column], codes, tile_sums)
                 totals["theorem_2"] = totals["theorem_2"].plus(found)
             sums[column] = _plus(sums[column], tile_sums)
 
@@ -116,7 +116,7 @@ def stream(
     for start in range(0, source.num, source.size):
         tile, rows = source.tile(start), min(source.size, source.num - start)
         base, hypotheses = _prepare(tile)
-        for column, beta in enumerate(columns):
+        for column, beta in enumerate(values):
             at = tile.beta if beta is None else jnp.full_like(tile.beta, beta)
             real = np.arange(source.size) < rows
             pending = _judge(screened, base, hypotheses, at, real, with_sums=True)
@@ -125,14 +125,14 @@ def stream(
                 real = np.arange(source.size) < min(rows, audit - start)
                 pending = _judge(audited, base, hypotheses, at, real, with_sums=False)
                 waiting.append((start, column, tile, pending))
-        while len(waiting) > 2 * len(columns):  # the device works while the host adds up
+        while len(waiting) > 2 * len(values):  # the device works while the host adds up
             collect(*waiting.pop(0))
         progress(min(start + source.size, source.num))
     for item in waiting:
         collect(*item)
     filled = [x for x in sums if x is not None]
     stacked = jax.tree.map(lambda *x: np.stack(x), *filled)
-    shown = tuple(float("nan") if beta is None else beta for beta in columns)
+    shown = tuple(float("nan") if beta is None else beta for beta in values)
     return Totals(betas=shown, sums=stacked, claims=totals)
 
 
@@ -205,10 +205,7 @@ def _settle(
         sums: the tile's.
     """
     rows = np.flatnonzero(_is_open(codes))
-    batch = jax.tree.map(lambda x: np.moveaxis(np.asarray(x)[..., rows], -1, 0), tile)
-    if beta is not None:
-        batch = replace(batch, beta=np.full_like(batch.beta, beta))
-    exact = certify(batch)
+    exact = certify(columns(tile, rows, beta))
     before = codes[:, rows]
     after = np.stack([exact.hypothesis_aligned, exact.hypothesis_unaligned, exact.conclusion])
     hold, violations, below = _counts(after) - _counts(before)
@@ -251,26 +248,6 @@ def _counts(codes: np.ndarray) -> np.ndarray:
     hold = (codes[0] == Outcome.HOLDS) & (codes[1] == Outcome.HOLDS)
     fails = codes[2] == Outcome.FAILS
     return np.asarray([hold.sum(), (hold & fails).sum(), fails.sum()])
-
-
-def count_violations(source: Source, betas: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return, by β, how many instances meet Theorem 2's hypotheses and how many of them fail it."""
-    counts = np.zeros((len(betas), 2), np.int64)
-    for start in range(0, source.num, source.size):
-        tile = source.tile(start)
-        base, hypotheses = _prepare(tile)
-        real = np.arange(source.size) < source.num - start
-        pending = [
-            _violations(base, hypotheses, jnp.full_like(tile.beta, beta), real) for beta in betas
-        ]
-        counts += np.stack([np.asarray(x) for x in pending])
-    return counts[:, 0], counts[:, 1]
-
-
-@jax.jit
-def _violations(base: Centered, hypotheses: Covariances, beta: Array, real: Array) -> Array:
-    judged = verdict(hypotheses, tilt(base, beta))
-    return jnp.stack([jnp.sum(judged.hypotheses_hold & real), jnp.sum(judged.violated & real)])
 
 
 def _sums(case: claims.Case, real: Array) -> Sums:

@@ -8,9 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsim.claims import case
-from jaxsim.sources import ArraySource
-from jaxsim.theorem.verdict import covariances
+from jaxsim.instance import Instance
+from jaxsim.sources import ArraySource, columns
+from jaxsim.theorem.certify import certify
+from jaxsim.theorem.verdict import Outcome, Verdict, covariances
 from jaxsim.tilting import center
+
+_CODES = ("hypothesis_aligned", "hypothesis_unaligned", "conclusion")
 
 
 def per_instance(source: ArraySource, betas: tuple[float, ...]) -> dict[str, Any]:
@@ -30,13 +34,29 @@ def per_instance(source: ArraySource, betas: tuple[float, ...]) -> dict[str, Any
             if beta is not None:
                 tile = replace(tile, beta=jnp.full_like(tile.beta, beta))
             evaluation, verdict, alpha, own_beta = jax.device_get(results(tile))
-            columns: dict[str, Any] = {"name": source.prompts[start : start + rows]}
-            columns["beta"] = np.full(rows, beta) if beta is not None else own_beta[:rows]
-            columns["alpha"] = alpha[:rows]
-            columns |= {name: value[:rows] for name, value in vars(evaluation).items()}
-            columns["tpm_aligned"] = np.exp(columns["log_tpm_aligned"])
-            columns |= {name: value[:rows] for name, value in vars(verdict).items()}
-            hold = (columns["hypothesis_aligned"] == 1) & (columns["hypothesis_unaligned"] == 1)
-            columns["hypotheses_hold"] = hold.astype(np.int8)
-            blocks.append(columns)
+            verdict = _settled(tile, verdict, rows)
+            table: dict[str, Any] = {"name": source.prompts[start : start + rows]}
+            table["beta"] = np.full(rows, beta) if beta is not None else own_beta[:rows]
+            table["alpha"] = alpha[:rows]
+            table |= {name: value[:rows] for name, value in vars(evaluation).items()}
+            table["tpm_aligned"] = np.exp(table["log_tpm_aligned"])
+            table |= {name: value[:rows] for name, value in vars(verdict).items()}
+            hold = (table["hypothesis_aligned"] == 1) & (table["hypothesis_unaligned"] == 1)
+            table["hypotheses_hold"] = hold.astype(np.int8)
+            blocks.append(table)
     return {name: np.concatenate([np.asarray(b[name]) for b in blocks]) for name in blocks[0]}
+
+
+def _settled(tile: Instance, verdict: Verdict, rows: int) -> Verdict:
+    """Decide on the host what rounding has left open."""
+    open_ = np.zeros(verdict.conclusion.shape, bool)
+    for code in _CODES:
+        open_[:rows] |= np.asarray(getattr(verdict, code))[:rows] == Outcome.UNDECIDED
+    which = np.flatnonzero(open_)
+    if not len(which):
+        return verdict
+    exact = certify(columns(tile, which, None))
+    codes: dict[str, Any] = {code: np.array(getattr(verdict, code)) for code in _CODES}
+    for code, values in codes.items():
+        values[which] = getattr(exact, code)
+    return replace(verdict, **codes)

@@ -15,8 +15,9 @@ from scipy.special import betaincinv
 
 from jaxsim import claims, shrink, sources
 from jaxsim.descent import Status
+from jaxsim.engine.atlas import survey
 from jaxsim.engine.loop import default_tolerance, solve, traces
-from jaxsim.engine.stream import ClaimTotal, Totals, count_violations, quantiles, stream
+from jaxsim.engine.stream import ClaimTotal, Totals, quantiles, stream
 from jaxsim.engine.table import per_instance
 from jaxsim.engine.tiles import require_dtype
 from jaxsim.families.counter import key_words
@@ -34,7 +35,7 @@ _TRACE_STEPS = 120
 class Report:
     """Where a run tells how far it is: nothing by default."""
 
-    stage: Callable[[str, int], None] = lambda name, total: None
+    stage: Callable[..., None] = lambda name, total, unit="instances": None
     progress: Callable[[int], None] = lambda done: None
 
 
@@ -207,7 +208,8 @@ def _atlas(config: RunConfig, source: sources.Source) -> dict[int, tuple[Any, An
         if outputs != source.outputs:
             family = replace(source.family, outputs=outputs)
             part = replace(source, family=family, num=config.atlas)
-            cells[outputs] = count_violations(part, config.betas)
+            found = survey(part, config.betas, wanted=config.atlas)
+            cells[outputs] = np.full(len(config.betas), found.hold), found.violations
     return cells
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsim.instance import Instance, validate
+from jaxsim.instance import Instance, require_concrete, validate
 from jaxsim.logspace import LOG_ZERO
 from jaxsim.theorem.exact import ExactInstance
 from jaxsim.theorem.verdict import Verdict
@@ -35,7 +35,7 @@ def certify(instance: Instance) -> Verdict:
     Returns:
         A `Verdict` of NumPy arrays. The codes HOLDS, FAILS and TIE are those of the exact numbers
         that the stored ones define: components normalised exactly, r/β an exact quotient. The three
-        numbers are in float64, zero exactly where the code is TIE.
+        numbers are in float64, zero where the code is TIE, or where they underflow.
 
     Raises:
         TypeError: under `jit`, `vmap` or `grad`, where there are no values.
@@ -52,8 +52,7 @@ def certify(instance: Instance) -> Verdict:
         >>> Outcome(int(certify(instance).conclusion)).name
         'FAILS'
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(instance)):
-        raise TypeError("certify needs concrete values; call it outside jit, vmap and grad")
+    require_concrete("certify", instance)
     validate(instance)
     stored = instance.log_p_aligned, instance.log_p_unaligned, instance.reward, instance.beta
     rows = [np.asarray(x, np.float64) for x in stored]

@@ -19,13 +19,14 @@ from jaxtyping import Bool, Float, Int
 from mpmath import mp
 from scipy.optimize import brentq
 
-from jaxsim.instance import Instance, validate
+from jaxsim.instance import Instance, require_concrete, validate
 from jaxsim.logspace import AnyArray
 from jaxsim.theorem.certify import exp_by_ieee, expm1_by_ieee
 from jaxsim.theorem.exact import ExactInstance
 from jaxsim.theorem.polynomial import odd_zeros_beyond_one
 
 _DIGITS = 60
+_FLUSHED = 1e-280  # far above what underflow may cost in float64
 
 
 @jax.tree_util.register_dataclass
@@ -88,10 +89,9 @@ def critical_betas(instance: Instance, *, maximum: int = 8) -> CriticalBetas:
         >>> print(critical_betas(instance).betas)
         [1.64101793]
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(instance)):
-        raise TypeError("critical_betas needs concrete values; call it outside jit, vmap and grad")
     if maximum < 1:
         raise ValueError(f"maximum is {maximum}; expected at least 1")
+    require_concrete("critical_betas", instance)
     validate(instance)
     stored = instance.log_p_aligned, instance.log_p_unaligned, instance.reward
     log_a, log_u, reward = (np.asarray(x, np.float64) for x in stored)
@@ -172,6 +172,7 @@ class _Shift:
         # Units of error: two sums for a mass and one for f, and single operations and exponentials.
         self.rounding = 3 * len(exact.reward) + 60
         self.c, self.size = of_a - of_u, of_a + of_u
+        self._c_error = self._unit * self.rounding * self.size + (_FLUSHED if floating else 0)
         top, self.far_sign = self._highest_difference()
         self.vanishes = self.far_sign == 0
         span = max(exact.reward) - min(exact.reward) or Fraction(1)
@@ -179,13 +180,13 @@ class _Shift:
         self.scaled = [(r - values[-1]) / span for r in values]
         self.rho = np.array([number(x) for x in self.scaled], self._dtype)
         self.c, self.size = self.c[: top + 1], self.size[: top + 1]
-        self._c_error = self._unit * self.rounding * self.size
+        self._c_error = self._c_error[: top + 1]
         self._c_most = abs(self.c) + self._c_error
 
     def _highest_difference(self) -> tuple[int, int]:
         """Return the highest level on which the components differ, and which leads there."""
         for k in range(len(self.c) - 1, -1, -1):
-            if abs(self.c[k]) > self._unit * self.rounding * self.size[k]:
+            if abs(self.c[k]) > self._c_error[k]:
                 return k, 1 if self.c[k] > 0 else -1
             if sign := self._exact.compare(self._exact.on(self._exact.levels[k])):
                 return k, sign
@@ -198,12 +199,11 @@ class _Shift:
         # Σ c = 0: for small s the smaller terms.
         small = (s < 1)[:, None]
         term = np.where(small, self._expm1(np.where(small, exponent, 0 * exponent)), weight)
-        wide = self.rounding + np.where(small, 0, 4 * abs(exponent))
-        slope_wide = self.rounding + 4 * abs(exponent)
-        f, f_error = (term * self.c).sum(axis=1), (abs(term) * self.size * wide).sum(axis=1)
-        slope = (weight * self.c * self.rho).sum(axis=1)
-        slope_error = (weight * self.size * abs(self.rho) * slope_wide).sum(axis=1)
-        return f, self._unit * f_error, slope, self._unit * slope_error
+        of_weight = self._unit * 4 * abs(exponent) * self.size
+        f_error = abs(term) * (self._c_error + np.where(small, 0, of_weight))
+        slope_error = weight * abs(self.rho) * (self._c_error + of_weight)
+        f, slope = (term * self.c).sum(axis=1), (weight * self.c * self.rho).sum(axis=1)
+        return f, f_error.sum(axis=1), slope, slope_error.sum(axis=1)
 
     def bend(self, s: Any) -> Any:
         """Return a bound of |f''| from s on."""
@@ -212,7 +212,7 @@ class _Shift:
     def near_zero(self) -> tuple[int, float]:
         """Return the sign of f for small s, and an s up to which it is certain."""
         moment, power = (self.c * self.rho).sum(), 1
-        if abs(moment) > self._unit * self.rounding * (self.size * abs(self.rho)).sum():
+        if abs(moment) > (self._c_error * abs(self.rho)).sum():
             sign = 1 if moment > 0 else -1
         else:
             while True:  # of K levels one of the first K - 1 moments differs
@@ -234,14 +234,10 @@ class _Shift:
 
     def ruled_from(self) -> float:
         """Return an s from which on the highest level rules: f keeps its sign."""
-        lead = abs(self.c[-1]) - self._c_error[-1]
-        if lead <= 0:
-            level = self._exact.levels[len(self.c) - 1]
-            lead = abs(float(self._exact.difference(self._exact.on(level))[1]))
-        s = 1.0
-        while (self._exp(s * self.rho[:-1]) * self._c_most[:-1]).sum() >= lead:
-            s *= 2
-        return s
+        level = self._exact.levels[len(self.c) - 1]
+        lead = abs(self._exact.difference(self._exact.on(level))[1])
+        # All below the top together are at most Σ |c_k| e^{s ρ}, ρ that of the level next to it.
+        return float(1.01 * mp.log(2 * self._c_most[:-1].sum() / lead) / -self.rho[-2] + 1)
 
     def isolate(self, within: list[tuple[Any, Any]], most: int) -> tuple[list[Any], list[Any]]:
         """Find intervals with one crossing each, given how many zeros there can be at most.
@@ -291,7 +287,7 @@ def _sign_changes(exact: ExactInstance, shift: _Shift) -> int:
         weights = np.maximum(shift.rho - shift.rho[k], 0)
         value, size = (weights * shift.c).sum(), (weights * shift.size).sum()
         cancelled = 4 * abs(shift.rho[k]) * shift.size[k:].sum()  # each ρ is rounded
-        if abs(value) > 2.0**-53 * (shift.rounding * size + cancelled):
+        if abs(value) > 2.0**-53 * (shift.rounding * size + cancelled) + _FLUSHED:
             sign = 1 if value > 0 else -1
         else:
             t = exact.reward[exact.levels[k][0]]

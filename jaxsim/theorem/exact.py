@@ -97,14 +97,16 @@ class ExactInstance:
         log_p, size = self.log_a if aligned else self.log_u, len(self.reward)
         mean = sum(self.reward, Fraction(0)) / size
         above = [(r - mean) / size for r in self.reward]
-
-        if not _collect(log_p, [Fraction(0)] * size, above):
+        # Classes of equal log p that cancel are left out, so that they cost no digits.
+        classes = _collect(log_p, [Fraction(0)] * size, above)
+        if not classes:
             return 0, 0.0
         bits = _FIRST_BITS
         while True:
             context, a, u, _ = self._at(bits)
-            p = a if aligned else u
-            value = _dot([enclose(context, d) for d in above], p) / sum(p, start=context.zero)
+            terms = (enclose(context, d) * context.exp(enclose(context, x))
+                     for (x, _), d in classes.items())  # fmt: skip
+            value = sum(terms, start=context.zero) / sum(a if aligned else u, start=context.zero)
             if (sign := _known(value)) is not None:
                 return sign, float(mp.mpf(value.mid))
             bits *= 2
