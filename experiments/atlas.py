@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from jaxsim.engine.atlas import Survey, survey
+from jaxsim.engine.simulate import Simulation, survey
 from jaxsim.families.counter import key_words
 from jaxsim.families.spec import Family, Scalar
 from jaxsim.figures import draw_all
@@ -93,8 +92,9 @@ def asked(atlas: Atlas, name: str) -> dict[str, Any]:
     return json.loads(json.dumps(limits | {"betas": atlas.betas, "family": family}))
 
 
-def write_cell(directory: RunDirectory, atlas: Atlas, name: str, n: int, found: Survey) -> None:
-    counts = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(found).items()}
+def write_cell(directory: RunDirectory, atlas: Atlas, name: str, n: int, found: Simulation) -> None:
+    counts = {name: getattr(found, name) for name in ("drawn", "hold", "settled")}
+    counts["violations"] = found.violations.tolist()
     content = {"asked": asked(atlas, name), "family": name, "outputs": n, **counts}
     directory.write_json(cell_file(name, n), content)
 
@@ -134,7 +134,7 @@ def main() -> None:
     directory = RunDirectory(options.out)
     for name, n in cells(atlas):
         if (options.only in (None, name)) and done(directory, atlas, name, n) is None:
-            found = survey(source_of(atlas, name, n), atlas.betas, wanted=atlas.wanted)
+            found = survey(source_of(atlas, name, n), atlas.betas, wanted=atlas.wanted, means=False)
             write_cell(directory, atlas, name, n, found)
             print(f"{name}, n = {n or 512}: {found.hold} of {found.drawn}", flush=True)
     if options.only is None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jaxsim.descent import Status as Status
     from jaxsim.engine.lift import conditions as conditions
     from jaxsim.engine.lift import evaluate as evaluate
+    from jaxsim.engine.lift import evaluate_grid as evaluate_grid
     from jaxsim.engine.lift import mixture_weights as mixture_weights
     from jaxsim.engine.lift import objective as objective
     from jaxsim.engine.lift import optimal_policy as optimal_policy
@@ -21,11 +22,14 @@ if TYPE_CHECKING:
     from jaxsim.engine.loop import solve as solve
     from jaxsim.engine.search import Counterexample as Counterexample
     from jaxsim.engine.search import find_counterexample as find_counterexample
+    from jaxsim.engine.simulate import Simulation as Simulation
+    from jaxsim.engine.simulate import simulate as simulate
     from jaxsim.engine.tiles import sample_instances as sample_instances
     from jaxsim.families.spec import Components as Components
     from jaxsim.families.spec import Family as Family
     from jaxsim.families.spec import Rewards as Rewards
     from jaxsim.families.spec import Scalar as Scalar
+    from jaxsim.grid import Grid as Grid
     from jaxsim.instance import Instance as Instance
     from jaxsim.logspace import kl_divergence as kl_divergence
     from jaxsim.theorem.bounds import TpmBounds as TpmBounds
@@ -50,11 +54,13 @@ _HOME = {
     "Counterexample": "engine.search",
     "Evaluation": "tilting",
     "Family": "families.spec",
+    "Grid": "grid",
     "Instance": "instance",
     "MixtureWeights": "tilting",
     "Outcome": "theorem.verdict",
     "Rewards": "families.spec",
     "Scalar": "families.spec",
+    "Simulation": "engine.simulate",
     "Solution": "descent",
     "Status": "descent",
     "TpmBounds": "theorem.bounds",
@@ -63,6 +69,7 @@ _HOME = {
     "conditions": "engine.lift",
     "critical_betas": "theorem.critical",
     "evaluate": "engine.lift",
+    "evaluate_grid": "engine.lift",
     "find_counterexample": "engine.search",
     "kl_divergence": "logspace",
     "mixture_weights": "engine.lift",
@@ -70,6 +77,7 @@ _HOME = {
     "optimal_policy": "engine.lift",
     "safe_for_any_components": "theorem.ladder",
     "sample_instances": "engine.tiles",
+    "simulate": "engine.simulate",
     "solve": "engine.loop",
     "sufficient_beta": "engine.lift",
     "take_back_logits": "tilting",

@@ -79,7 +79,7 @@ class Doctor:
     """Report versions, devices, and whether another package named jaxsim is in the way."""
 
     functions: bool = False
-    """Check exp, expm1, log and log1p on this device over every float32, up to half an hour.
+    """Check exp, log and log1p on this device over every float32, up to half an hour.
     Verdicts rest on it. Needed once on a GPU or TPU; shipped as checked for CPU."""
 
 
@@ -184,9 +184,11 @@ def _job(
 
     import jax
 
+    from jaxsim.cache import keep_compiled
     from jaxsim.rounding import UNTRUSTED, is_trusted
     from jaxsim.runs import job
 
+    keep_compiled()
     if not is_trusted(jax.devices()[0].platform):
         print(f"jaxsim: {UNTRUSTED}", file=sys.stderr)
     if config.family.dtype == "float64":

@@ -18,6 +18,26 @@ from jaxsim.logspace import LOG_ZERO, AnyArray, unit_roundoff
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class Masses:
+    """An instance, or a tile of them, by unnormalised positive masses: nothing may underflow.
+
+    Attributes:
+        aligned: masses of p_A, [outputs] or [outputs, instances], of any positive sum.
+        unaligned: of p_U, likewise.
+        reward: r.
+        logit_alpha: log α/(1-α).
+        beta: β.
+    """
+
+    aligned: Float[AnyArray, "..."]
+    unaligned: Float[AnyArray, "..."]
+    reward: Float[AnyArray, "..."]
+    logit_alpha: Float[AnyArray, "..."]
+    beta: Float[AnyArray, "..."]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Instance:
     """A finite set of outputs with two component distributions, a reward, α and β.
 

@@ -35,18 +35,35 @@ def tile_size(outputs: int) -> int:
     return 1 << (size.bit_length() - 1)
 
 
-def index_words(start: int) -> jax.Array:
+def block_size(outputs: int) -> int:
+    """Return how many instances make a block, whose arrays a core's cache holds.
+
+    A sixteenth of a tile; but 8, where a tile has fewer than 128.
+    """
+    return max(8, tile_size(outputs) // 16)
+
+
+def index_words(start: int) -> np.ndarray:
     """Return a 64-bit instance index as two uint32 words, high and low."""
-    return jnp.asarray([start >> 32, start & 0xFFFFFFFF], jnp.uint32)
+    return np.asarray([start >> 32, start & 0xFFFFFFFF], np.uint32)
+
+
+def stream_at(words: jax.Array, start: jax.Array, offset: Any, size: int) -> Stream:
+    """Return the random words of instances start + offset and the `size` - 1 that follow.
+
+    start: two words; the low one leaves room for all of them, as at a tile's start.
+    """
+    steps = jnp.arange(size, dtype=jnp.uint32) + jnp.uint32(offset)
+    return Stream.of(words, jnp.asarray(start[0]), start[1] + steps)
 
 
 @partial(jax.jit, static_argnums=0)
 def draw_tile(family: Family, words: jax.Array, start: jax.Array) -> Instance:
-    """Return instances start, start + 1, … of a family as one tile [outputs, instances]."""
-    offset = jnp.arange(tile_size(family.outputs), dtype=jnp.uint32)
-    low = start[1] + offset
-    high = start[0] + (low < offset).astype(jnp.uint32)  # carry of the 64-bit sum
-    return draw(family, Stream.of(words, high, low))
+    """Return instances start, start + 1, … of a family as one tile [outputs, instances].
+
+    start: two words, a multiple of the tile's size.
+    """
+    return draw(family, stream_at(words, start, 0, tile_size(family.outputs)))
 
 
 @runtime_checkable
@@ -68,17 +85,21 @@ class Source(Protocol):
     def tile(self, start: int) -> Instance:
         """Return the tile [outputs, instances] from instance `start` on; past the end, anything."""
 
+    def pick(self, which: np.ndarray) -> Instance:
+        """Return some instances as a batch on the host, the same bits as in their tiles."""
+
     def names(self, index: int) -> tuple[str, list[str] | None]:
         """Return an instance's name and, where there are any, its outputs' names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FamilySource:
-    """The first `num` instances of a family under a key."""
+    """`num` instances of a family under a key, from index `start` on, where a tile starts."""
 
     family: Family
     words: jax.Array  # the key's two words
     num: int
+    start: int = 0
 
     @property
     def outputs(self) -> int:
@@ -92,11 +113,28 @@ class FamilySource:
 
     def tile(self, start: int) -> Instance:
         """Draw the tile."""
-        return draw_tile(self.family, self.words, index_words(start))
+        return draw_tile(self.family, self.words, self.start_words(start))
+
+    def start_words(self, start: int) -> np.ndarray:
+        """Return the index of the source's instance `start` as two words."""
+        return index_words(self.start + start)
+
+    def pick(self, which: np.ndarray) -> Instance:
+        """Draw the tiles that the instances are in."""
+        # Not less: of another shape the sums, and so the logs, may differ in their last bits.
+        tiles, tile_of = np.unique(which // self.size, return_inverse=True)
+        drawn = [self.tile(tile * self.size) for tile in tiles.tolist()]
+        parts, order = [], []
+        for at, tile in enumerate(drawn):
+            mine = np.flatnonzero(tile_of == at)
+            parts.append(columns(tile, which[mine] % self.size))
+            order.append(mine)
+        place = np.argsort(np.concatenate(order))
+        return jax.tree.map(lambda *x: np.concatenate(x)[place], *parts)
 
     def names(self, index: int) -> tuple[str, list[str] | None]:
         """Return the instance's index as its name."""
-        return f"instance {index}", None
+        return f"instance {self.start + index}", None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +166,10 @@ class ArraySource:
         """Return the tile, padded with the last instance."""
         rows = np.minimum(np.arange(start, start + self.size), self.num - 1)
         return jax.tree.map(lambda x: jnp.moveaxis(x[rows], 0, -1), self.instance)
+
+    def pick(self, which: np.ndarray) -> Instance:
+        """Return some instances."""
+        return jax.tree.map(lambda x: np.asarray(x)[which], self.instance)
 
     def names(self, index: int) -> tuple[str, list[str] | None]:
         """Return the instance's prompt and its outputs' texts."""
@@ -349,19 +391,18 @@ def sample(source: Source, num: int, betas: tuple[float, ...]) -> Instance:
     return jax.tree.map(jnp.asarray, batch)
 
 
-def columns(tile: Instance, which: np.ndarray, beta: float | None) -> Instance:
-    """Return some instances of a tile as a batch on the host, at another β if one is given."""
-    batch = jax.tree.map(lambda x: np.moveaxis(np.asarray(x)[..., which], -1, 0), tile)
-    if beta is None:
-        return batch
-    same: Any = np.full_like(batch.beta, beta)
-    return replace(batch, beta=same)
+def columns(tile: Instance, which: np.ndarray) -> Instance:
+    """Return some instances of a tile as a batch on the host."""
+    return jax.tree.map(lambda x: np.moveaxis(np.asarray(x)[..., which], -1, 0), tile)
+
+
+def at_beta(batch: Instance, beta: float | None) -> Instance:
+    """Return a batch on the host at another β, if one is given."""
+    same: Any = None if beta is None else np.full_like(batch.beta, beta)
+    return batch if beta is None else replace(batch, beta=same)
 
 
 def one(source: Source, index: int, beta: float | None) -> Instance:
     """Return instance `index` of a source as it is in its tile, at another β if one is given."""
-    start = index - index % source.size
-    single = jax.tree.map(lambda x: x[..., index - start], jax.device_get(source.tile(start)))
-    if beta is not None:
-        single = replace(single, beta=np.asarray(beta, single.beta.dtype))
-    return jax.tree.map(jnp.asarray, single)
+    batch = at_beta(source.pick(np.asarray([index])), beta)
+    return jax.tree.map(lambda x: jnp.asarray(x[0]), batch)

@@ -14,7 +14,8 @@ subtracted to give a log-probability: log p*/p_ref is taken relative to the mode
 logarithm of a product of moderate size is taken once, of the product.
 """
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +23,18 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jaxsim.instance import Instance
+from jaxsim.instance import Instance, Masses
 from jaxsim.logspace import (
     LOG_ZERO,
     AnyArray,
     bregman_kl_term,
+    expm1_narrow,
     finite_log,
     first_where,
     total,
     two_sum,
 )
+from jaxsim.rounding import EXP, LOG, QUOTIENT, sum_depth
 
 
 @jax.tree_util.register_dataclass
@@ -78,8 +81,12 @@ class Component:
     """One component, A or U, as it is in the reference."""
 
     log_p: Array  # as stored, zero mass made finite
-    total: Array  # Σ e^{log p} of the stored log-probabilities: 1, but for rounding
+    total: Array  # Σ e^{log p} of the stored log-probabilities, 1 but for rounding; or Σ masses
     p: Array  # probabilities, normalised
+    # |p - p of the stored log-probabilities, normalised exactly| ≤ u (share·p + floor)
+    share: Array
+    floor: Array
+    stored: bool = field(default=True, metadata={"static": True})  # else log_p is not as stored
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +96,7 @@ class Centered:
 
     support: Array  # where p_ref > 0
     reward: Array  # 0 outside the support
-    center: Array  # m = E_ref[r]
+    center: Array  # m = E_ref[r]; where masses are held, the plain mean of r
     above_center: Array  # r - m, 0 outside the support
     span: Array  # max r - min r over the support
     logit_alpha: Array
@@ -142,7 +149,13 @@ def center(instance: Instance) -> Centered:
     def component(log_p: Array) -> Component:
         mass = jnp.exp(log_p)
         mass_total = total(mass)
-        return Component(log_p=log_p, total=mass_total, p=mass / mass_total)
+        return Component(
+            log_p=log_p,
+            total=mass_total,
+            p=mass / mass_total,
+            share=jnp.asarray(2 * EXP + QUOTIENT + sum_depth(log_p.shape[0]), log_p.dtype),
+            floor=jnp.zeros((), log_p.dtype),
+        )
 
     aligned, unaligned = component(log_p_a), component(log_p_u)
     p_ref = jax.nn.sigmoid(logit_alpha) * aligned.p + jax.nn.sigmoid(-logit_alpha) * unaligned.p
@@ -166,6 +179,44 @@ def center(instance: Instance) -> Centered:
     )
 
 
+def center_masses(masses: Masses) -> Centered:
+    """Return the same for a tile of masses, as far as judging Theorem 2 needs it; not for `tilt`.
+
+    What is judged is the instance as it would be stored, log w - log Σw rounded: each component's
+    `share` and `floor` account for that (docs/verdicts.md).
+    """
+    outputs, reward = masses.reward.shape[0], masses.reward
+    top, bottom = (f(reward, axis=0, keepdims=True) for f in (jnp.max, jnp.min))
+    mean = top + total(reward - top) / outputs
+    logit_alpha = masses.logit_alpha[None]
+
+    def component(mass: Array) -> Component:
+        mass_total = total(mass)
+        log_total = jnp.log(mass_total)
+        of_log = (LOG + 1) / math.e / mass_total  # w |log w| ≤ 1/e + w log⁺ Σw
+        above_one = (LOG + 1) * jnp.maximum(log_total, 0.0) + jnp.abs(log_total)
+        share = QUOTIENT + sum_depth(outputs) + 2 * above_one + outputs * of_log
+        p = mass / mass_total
+        return Component(
+            log_p=jnp.log(p), total=mass_total, p=p, share=share, floor=of_log, stored=False
+        )
+
+    aligned, unaligned = component(masses.aligned), component(masses.unaligned)
+    return Centered(
+        support=jnp.ones_like(reward, bool),
+        reward=reward,
+        center=mean,
+        above_center=reward - mean,
+        span=top - bottom,
+        logit_alpha=logit_alpha,
+        log_alpha=jax.nn.log_sigmoid(logit_alpha),
+        log_not_alpha=jax.nn.log_sigmoid(-logit_alpha),
+        aligned=aligned,
+        unaligned=unaligned,
+        p_ref=jax.nn.sigmoid(logit_alpha) * aligned.p + jax.nn.sigmoid(-logit_alpha) * unaligned.p,
+    )
+
+
 def tilt(base: Centered, beta: Float[Array, " *tile"]) -> Tilt:
     """Tilt both components by e^{r/β} and compare them: the one pass behind every result.
 
@@ -175,7 +226,7 @@ def tilt(base: Centered, beta: Float[Array, " *tile"]) -> Tilt:
     t = base.above_center / beta
     spread = base.span / lax.stop_gradient(beta)
     narrow = spread < 1.0
-    growth = jnp.expm1(jnp.where(narrow, t, 0.0))
+    growth = expm1_narrow(jnp.where(narrow, t, 0.0))
 
     def tilted(part: Component) -> TiltedComponent:
         exponent, rounding = two_sum(part.log_p, t)

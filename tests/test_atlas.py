@@ -13,7 +13,7 @@ import pytest
 
 import jaxsim
 from jaxsim import Components, Family, Instance, Rewards
-from jaxsim.engine.atlas import survey
+from jaxsim.engine.simulate import survey
 from jaxsim.engine.table import per_instance
 from jaxsim.families.counter import key_words
 from jaxsim.sources import ArraySource, FamilySource, tile_size

@@ -18,7 +18,7 @@ from scipy import stats
 from jaxsim import Components, Family, Instance, Rewards, Scalar, sample_instances
 from jaxsim.claims import CLAIMS, Case, Judgement, Tally, case, tally
 from jaxsim.engine import stream as streaming
-from jaxsim.engine.atlas import survey
+from jaxsim.engine.simulate import survey
 from jaxsim.engine.stream import BIN_EDGES, ClaimTotal, Totals, quantiles, stream
 from jaxsim.families.counter import key_words
 from jaxsim.runs.job import clopper_pearson

@@ -21,7 +21,8 @@ from scipy import stats
 from jaxsim import Components, Family, Instance, Rewards, Scalar, sample_instances
 from jaxsim.families import samplers
 from jaxsim.families.counter import Stream, key_words, threefry_2x32
-from jaxsim.sources import tile_size
+from jaxsim.families.draw import draw_masses
+from jaxsim.sources import block_size, draw_tile, index_words, stream_at, tile_size
 
 KEY = jax.random.key(20)
 SMALL = Family(outputs=1024)  # 256 instances to a tile
@@ -140,6 +141,32 @@ def test_bits_are_the_same_with_64_bit_mode_on(family: Family) -> None:
         np.testing.assert_array_equal(values[7], getattr(shifted, name)[0])
 
 
+@pytest.mark.parametrize(
+    "family",
+    [
+        Family(outputs=31),
+        Family(outputs=8, components=Components(concentration_aligned=5.0), reward=Rewards(
+            kind="student_t")),
+        Family(outputs=2**15),
+    ],
+    ids=["flat", "gamma", "large"],
+)  # fmt: skip
+def test_masses_are_those_of_the_instances(family: Family) -> None:
+    words, size = key_words(KEY), block_size(family.outputs)
+    whole = jax.device_get(draw_tile(family, words, index_words(2**40)))
+    start = jnp.asarray(index_words(2**40))
+    masses = jax.device_get(
+        jax.jit(lambda: draw_masses(family, stream_at(words, start, 0, size)))()
+    )
+    for name in ("reward", "logit_alpha", "beta"):
+        np.testing.assert_array_equal(getattr(masses, name), getattr(whole, name)[..., :size])
+    for side in ("aligned", "unaligned"):
+        mass = getattr(masses, side).astype(float)
+        log_p, u = getattr(whole, f"log_p_{side}")[..., :size], 2.0**-24
+        exact = np.log(mass) - np.log(mass.sum(axis=0))
+        assert np.all(np.abs(log_p - exact) < 8 * u * (1 + np.abs(exact)))
+
+
 def test_other_indices_and_keys_give_other_instances() -> None:
     starts = [0, 1, 2**32, 2**32 + 1, 2**33, 2**63, 2**64 - 1]
     rewards = [np.asarray(sample_instances(KEY, SMALL, 1, start=s).reward[0]) for s in starts]
@@ -177,22 +204,36 @@ def test_float64_needs_the_64_bit_mode() -> None:
 # The variables.
 
 
-@pytest.mark.parametrize(("dtype", "units"), [(np.float32, 8), (np.float64, 16)])
-def test_inverse_normal_is_scipys(dtype: Any, units: float) -> None:
-    tail = np.concatenate(
-        [np.logspace(-9.9, np.log10(0.5), 50_000), np.linspace(0.05, 0.5, 50_000)]
-    )
-    if dtype == np.float64:
-        tail = np.concatenate([tail, np.logspace(-19.5, -9.9, 50_000)])
-    tail = np.minimum(tail, 0.5).astype(dtype)
-    expected = -sp.ndtri(tail.astype(np.float64))
+@pytest.mark.parametrize(("dtype", "units"), [(np.float32, 2.5), (np.float64, 8)])
+def test_the_cosine_is_numpys(dtype: Any, units: float) -> None:
     with jax.enable_x64(True):
-        inverse = jax.jit(samplers.inverse_normal)
-        for negative in (False, True):
-            z = np.asarray(inverse(jnp.asarray(tail), jnp.full(tail.shape, negative)))
-            assert z.dtype == dtype
-            z = np.where(negative, -z, z)
-            np.testing.assert_allclose(z, expected, rtol=units * np.finfo(dtype).eps)
+        turn = jnp.asarray(np.linspace(-0.75, 0.5, 1_000_001), dtype)
+        found = np.asarray(jax.jit(samplers.cosine)(turn), np.float64)
+    expected = np.cos(2 * np.pi * np.asarray(turn, np.float64))
+    assert np.max(np.abs(found - expected)) < units * np.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("concentration", [0.01, 0.1, 0.99, 1.1, 2.0, 5.0, 100.0, 1e4])
+def test_the_gamma_quantile_is_scipys(concentration: float) -> None:
+    z = np.linspace(-6.7, 6.7, 100_001).astype(np.float32)
+    found = jax.jit(partial(samplers.log_gamma_quantile, concentration=concentration))(z)
+    a, z = concentration + (concentration < 1), z.astype(np.float64)
+    lower, upper = sp.gammaincinv(a, sp.ndtr(z)), sp.gammainccinv(a, sp.ndtr(-z))
+    expected = np.log(np.where(z < 0, lower, upper))
+    np.testing.assert_array_less(np.abs(found - expected), 5 * 2.0**-24 * (1 + np.abs(expected)))
+
+
+class ExtremeStream(Stream):
+    """All words are the same."""
+
+    def __init__(self, word: int) -> None:
+        zero = jnp.zeros(1, jnp.uint32)
+        super().__init__(key=(zero, zero), index=zero)
+        object.__setattr__(self, "word", word)
+
+    def words(self, purpose: int, block: Any, attempt: Any = 0) -> tuple[jax.Array, jax.Array]:
+        words = jnp.full((2, 1), self.word, jnp.uint32)  # type: ignore[attr-defined]
+        return words, words
 
 
 def test_uniforms_stay_inside_the_unit_interval() -> None:
@@ -202,15 +243,15 @@ def test_uniforms_stay_inside_the_unit_interval() -> None:
             for u in samplers.uniform(ends, dtype):
                 assert u.dtype == dtype and np.all((u > 0) & (u < 1))
                 assert np.all(np.isfinite(samplers.log_exponential(u)))
-            z = samplers.normal(ends, dtype)
-            assert np.all(np.isfinite(z)) and float(z[0]) == -float(z[1]) > 6
+            for word in (0, 2**31, 2**32 - 1):  # the least and greatest radius, every way
+                extremes = ExtremeStream(word)
+                z = samplers.normal(extremes, 0, 2, dtype)
+                assert np.all(np.isfinite(z)) and np.max(np.abs(z)) > 6 * (word == 0)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _gammas(concentration: float, dtype: str, num: int) -> jax.Array:
-    stream = Stream.of(
-        key_words(KEY), jnp.zeros(num, jnp.uint32), jnp.arange(num, dtype=jnp.uint32)
-    )
+    stream = Stream.of(key_words(KEY), jnp.uint32(0), jnp.arange(num, dtype=jnp.uint32))
     return samplers.log_gamma_variate(stream, 8, 1, concentration, np.dtype(dtype))[0]
 
 

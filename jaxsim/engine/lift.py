@@ -4,16 +4,19 @@ Users' arrays are [instances, outputs]; the kernels take tiles [outputs, instanc
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jaxsim import tilting
+from jaxsim import grid, tilting
 from jaxsim.instance import Instance
 from jaxsim.sources import tile_size
 from jaxsim.theorem import bounds, ladder, verdict
@@ -24,12 +27,13 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make a kernel accept one instance, or a batch with one leading axis.
 
     A large batch runs in tiles, one after another, so that what is in between stays in the cache.
+    Keyword arguments are the same for all instances.
     """
     parameters = inspect.signature(function)
     single = jax.jit(function)
 
     @jax.jit
-    def batched(*args: Any) -> Any:
+    def batched(*args: Any, **shared: Any) -> Any:
         num, outputs = args[-1].reward.shape
         size = min(tile_size(outputs), num)
         fill = -num % size
@@ -43,13 +47,13 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
             return rows.reshape(-1, *rows.shape[2:])[:num]
 
         tiles = jax.tree.map(cut, args)
-        return jax.tree.map(join, lax.map(lambda tile: function(*tile), tiles))
+        return jax.tree.map(join, lax.map(lambda tile: function(*tile, **shared), tiles))
 
     @wraps(function)
     def public(*args: Any, **keywords: Any) -> Any:
-        args = parameters.bind(*args, **keywords).args
-        rank = _batch_rank(function.__name__, args)
-        return (batched if rank else single)(*args)
+        bound = parameters.bind(*args, **keywords)
+        rank = _batch_rank(function.__name__, bound.args)
+        return (batched if rank else single)(*bound.args, **bound.kwargs)
 
     return public
 
@@ -91,6 +95,39 @@ theorem2 = lift(verdict.theorem2)
 tpm_bounds = lift(bounds.tpm_bounds)
 sufficient_beta = lift(bounds.sufficient_beta)
 _rungs = lift(ladder.conditions)
+_grid = lift(grid.evaluate_grid)
+
+
+def evaluate_grid(instance: Instance, betas: ArrayLike | Sequence[float]) -> grid.Grid:
+    """Evaluate an instance, or a batch, at every β of a grid: from that follows any α, for nothing.
+
+    Args:
+        instance: one instance, or a batch with one leading axis; its own β and α are not used.
+        betas: values of β > 0, [betas].
+
+    Returns:
+        A `Grid`: both components' cumulants and what belongs to them, [betas] or
+        [instances, betas]. `Grid.at(logit_alpha)` gives all fields of `evaluate`.
+
+    Raises:
+        ValueError: where `betas` is not one axis of positive, finite numbers.
+
+    Example:
+        >>> from jaxsim import Instance, evaluate_grid
+        >>> instance = Instance.from_probs([0., 1., 0.], [.5, 0., .5], [0., 3., 4.], .5, 1.)
+        >>> print(evaluate_grid(instance, [1.0, 2.0]).log_odds_shift)
+        [-0.32500276  0.06621913]
+    """
+    traced = isinstance(betas, jax.core.Tracer)
+    values: Any = betas if traced else np.asarray(betas)
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(f"evaluate_grid: betas has shape {values.shape}; expected [betas]")
+    for at, beta in enumerate(() if traced else values):
+        if not 0 < beta < np.inf:
+            raise ValueError(f"evaluate_grid: betas[{at}] is {beta}; expected a number > 0")
+    _batch_rank("evaluate_grid", (instance,))
+    values = jnp.asarray(values, jnp.asarray(instance.reward).dtype)
+    return replace(_grid(instance, betas=values), betas=values)
 
 
 def conditions(instance: Instance) -> ladder.Conditions:

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from jaxsim import claims
 from jaxsim.instance import Instance
 from jaxsim.logspace import total
-from jaxsim.sources import Source, columns
+from jaxsim.sources import Source, at_beta, columns
 from jaxsim.theorem.certify import certify
 from jaxsim.theorem.verdict import Covariances, Outcome, covariances
 from jaxsim.tilting import Centered, center
@@ -205,7 +205,7 @@ def _settle(
         sums: the tile's.
     """
     rows = np.flatnonzero(_is_open(codes))
-    exact = certify(columns(tile, rows, beta))
+    exact = certify(at_beta(columns(tile, rows), beta))
     before = codes[:, rows]
     after = np.stack([exact.hypothesis_aligned, exact.hypothesis_unaligned, exact.conclusion])
     hold, violations, below = _counts(after) - _counts(before)

@@ -55,7 +55,7 @@ def _settled(tile: Instance, verdict: Verdict, rows: int) -> Verdict:
     which = np.flatnonzero(open_)
     if not len(which):
         return verdict
-    exact = certify(columns(tile, which, None))
+    exact = certify(columns(tile, which))
     codes: dict[str, Any] = {code: np.array(getattr(verdict, code)) for code in _CODES}
     for code, values in codes.items():
         values[which] = getattr(exact, code)

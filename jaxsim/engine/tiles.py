@@ -38,9 +38,14 @@ def sample_instances(key: jax.Array, family: Family, num: int, *, start: int = 0
         raise ValueError(f"start is {start}; expected 0 <= start and start + num <= 2**64")
     require_dtype(family.dtype)
     words, size = key_words(key), tile_size(family.outputs)
-    tiles = [draw_tile(family, words, index_words(start + at)) for at in range(0, num, size)]
+    skipped = start % size
+    begins = range(start - skipped, start + num, size)
+    tiles = [draw_tile(family, words, index_words(begin)) for begin in begins]
     return jax.tree.map(
-        lambda *parts: jnp.concatenate([jnp.moveaxis(p, -1, 0) for p in parts])[:num], *tiles
+        lambda *parts: jnp.concatenate([jnp.moveaxis(p, -1, 0) for p in parts])[
+            skipped : skipped + num
+        ],
+        *tiles,
     )
 
 

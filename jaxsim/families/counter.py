@@ -51,7 +51,8 @@ class Stream:
     """The random words of one instance, or of a tile of them.
 
     Attributes:
-        key: two words, [] or [instances] each: the key with the high word of the index folded in.
+        key: two words: the key with the high word of the index folded in. One for the whole tile,
+            which makes a third of the cipher's work disappear.
         index: the low word of the instance's index, [] or [instances].
     """
 
@@ -59,19 +60,27 @@ class Stream:
     index: Array
 
     @classmethod
-    def of(cls, words: UInt32[Array, "2"], high: Array, low: Array) -> "Stream":
-        """Return the stream of instance high·2^32 + low under a key."""
-        key = threefry_2x32((words[0], words[1]), (high, jnp.full_like(high, 0xFFFFFFFF)))
+    def of(cls, words: UInt32[Array, "2"], high: UInt32[Array, ""], low: Array) -> "Stream":
+        """Return the stream of instances high·2^32 + low under a key."""
+        key = threefry_2x32((words[0], words[1]), (high, jnp.uint32(0xFFFFFFFF)))
         return cls(key=key, index=low)
 
-    def words(self, purpose: int, count: int, attempt: Array | int = 0) -> tuple[Array, Array]:
-        """Return two uint32 arrays [count] (or [count, instances]) set apart for `purpose`."""
-        row = jnp.arange(count, dtype=jnp.uint32) + jnp.uint32(purpose * _PURPOSE_BLOCKS)
-        row = row.reshape((count,) + (1,) * self.index.ndim)
-        # Attempts 0, 1, … of a rejection sampler lie 2^20 blocks apart, beyond any output.
+    def words(
+        self, purpose: int, block: UInt32[Array, " count"] | int, attempt: Array | int = 0
+    ) -> tuple[Array, Array]:
+        """Return both words of some blocks set apart for `purpose`, [count] or [count, instances].
+
+        Args:
+            purpose: what the words are for; no two uses of a stream share one.
+            block: numbers of blocks, below 2^20; an int for the first so many.
+            attempt: 0, 1, … of a rejection sampler lie 2^20 blocks apart.
+        """
+        if isinstance(block, int):
+            block = jnp.arange(block, dtype=jnp.uint32)
+        row = block.reshape(block.shape + (1,) * self.index.ndim)
+        row = row + jnp.uint32(purpose * _PURPOSE_BLOCKS)
         row = row + jnp.asarray(attempt, jnp.uint32) * jnp.uint32(1 << 20)
-        shape = (count, *self.index.shape)
-        key = tuple(jnp.broadcast_to(word, shape) for word in self.key)
+        shape = (*block.shape, *self.index.shape)
         return threefry_2x32(
-            (key[0], key[1]), (jnp.broadcast_to(self.index, shape), jnp.broadcast_to(row, shape))
+            self.key, (jnp.broadcast_to(self.index, shape), jnp.broadcast_to(row, shape))
         )

@@ -182,3 +182,18 @@ class Family:
                     f"reward.kind = 'correlated' needs log p_A/p_U finite everywhere; "
                     f"components.kind = {kind!r} has zero masses"
                 )
+
+    @property
+    def has_masses(self) -> bool:
+        """Whether float32 holds the component's masses themselves, not only their logs.
+
+        So it does for Dirichlet components of concentration 1 and more, whose least mass is far
+        above the underflow threshold.
+        """
+        spec = self.components
+        return (
+            self.dtype == "float32"
+            and spec.kind == "dirichlet"
+            and min(spec.concentration_aligned, spec.concentration_unaligned) >= 1
+            and self.reward.kind != "correlated"  # with log p_A/p_U
+        )

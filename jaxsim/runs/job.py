@@ -15,8 +15,8 @@ from scipy.special import betaincinv
 
 from jaxsim import claims, shrink, sources
 from jaxsim.descent import Status
-from jaxsim.engine.atlas import survey
 from jaxsim.engine.loop import default_tolerance, solve, traces
+from jaxsim.engine.simulate import survey
 from jaxsim.engine.stream import ClaimTotal, Totals, quantiles, stream
 from jaxsim.engine.table import per_instance
 from jaxsim.engine.tiles import require_dtype
@@ -208,7 +208,7 @@ def _atlas(config: RunConfig, source: sources.Source) -> dict[int, tuple[Any, An
         if outputs != source.outputs:
             family = replace(source.family, outputs=outputs)
             part = replace(source, family=family, num=config.atlas)
-            found = survey(part, config.betas, wanted=config.atlas)
+            found = survey(part, config.betas, wanted=config.atlas, means=False)
             cells[outputs] = np.full(len(config.betas), found.hold), found.violations
     return cells
 

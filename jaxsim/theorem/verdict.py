@@ -118,11 +118,12 @@ def covariances(base: Centered) -> Covariances:
 
     def covariance(part: Component, sign: int) -> tuple[Array, Array]:
         value = (total(part.p * above_mean) - rest) / count
-        # Per term: r - mean, p = e^{log p}/Σ, the product, the sum; then the difference over n.
-        units = (2 + 2 * EXP + QUOTIENT + 2 * depth) * total(part.p * jnp.abs(above_mean))
-        units = (units + (1 + QUOTIENT + depth) * size) / count + (1 + QUOTIENT) * jnp.abs(value)
+        # Per term: r - mean, p, the product, the sum; then the difference over n.
+        units = (2 + part.share + depth) * total(part.p * jnp.abs(above_mean))
+        units = (units + (1 + QUOTIENT + depth) * size) / count + part.floor * size
+        units = units + (1 + QUOTIENT) * jnp.abs(value)
         bound = allowed(unit_roundoff(info.dtype) * units + flushed / count)
-        uniform = stored_alike(part.log_p, base.support)
+        uniform = part.stored & stored_alike(part.log_p, base.support)
         return value, decide(sign * value, bound, constant | uniform)
 
     aligned, hypothesis_aligned = covariance(base.aligned, 1)

@@ -1,0 +1,1 @@
+"""What jaxsim costs, beside its peers on the same work: python -m benchmarks."""

@@ -1,0 +1,239 @@
+// What this machine allows: the same work as a hand-written loop, 64 instances side by side.
+// Built with -ffast-math, which jaxsim does not allow itself.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+namespace {
+
+constexpr int kLanes = 64;
+
+inline void threefry(uint32_t k0, uint32_t k1, uint32_t& x, uint32_t& y) {
+  const uint32_t keys[3] = {k0, k1, k0 ^ k1 ^ 0x1BD11BDAu};
+  const int rotations[8] = {13, 15, 26, 6, 17, 29, 16, 24};
+  x += keys[0];
+  y += keys[1];
+#pragma GCC unroll 5
+  for (int step = 0; step < 5; ++step) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const int bits = rotations[(step % 2) * 4 + j];
+      x += y;
+      y = ((y << bits) | (y >> (32 - bits))) ^ x;
+    }
+    x += keys[(step + 1) % 3];
+    y += keys[(step + 2) % 3] + step + 1;
+  }
+}
+
+inline float unit(uint32_t word) {
+  return std::min(((float)(int32_t)(word >> 1) + 0.5f) * 0x1p-31f, 1 - 0x1p-24f);
+}
+
+inline float cosine(float turn) {  // cos(2 pi turn)
+  const float halves = nearbyintf(2 * turn), x = turn - 0.5f * halves, s = x * x;
+  const float c[7] = {1.0f, -19.7392088f, 64.9393940f, -85.4568172f, 60.2446414f, -26.4262568f, 7.90353637f};
+  float value = c[6];
+  for (int k = 5; k >= 0; --k) value = c[k] + s * value;
+  return fabsf(halves) == 1 ? -value : value;
+}
+
+inline float small_expm1(float x) {  // |x| <= 1
+  float value = 1.0f / 3628800, divisor[9] = {362880, 40320, 5040, 720, 120, 24, 6, 2, 1};
+  for (float d : divisor) value = 1 / d + x * value;
+  return x * value;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Draw, evaluate, judge, reduce; out: hypotheses hold, of these TPM(A) < alpha, undecided,
+// sum of TPM(A), sum of log Z.
+void simulate(uint32_t key0, uint32_t key1, uint32_t start, int64_t num, float beta, double* out) {
+  constexpr int n = 32;
+  uint32_t k0 = 0, k1 = 0xFFFFFFFFu;
+  threefry(key0, key1, k0, k1);
+  const float inverse = 1 / beta, unit_roundoff = 0x1p-24f;
+  double hold = 0, fail = 0, open = 0, tpm = 0, log_z = 0;
+#pragma omp parallel for reduction(+ : hold, fail, open, tpm, log_z)
+  for (int64_t block = 0; block < num / kLanes; ++block) {
+    alignas(64) float a[n][kLanes], u[n][kLanes], r[n][kLanes];
+    alignas(64) float sa[kLanes]{}, su[kLanes]{}, mean[kLanes]{}, top[kLanes], low[kLanes];
+    alignas(64) float ca[kLanes]{}, cu[kLanes]{}, size_a[kLanes]{}, size_u[kLanes]{}, size[kLanes]{};
+    alignas(64) float ga[kLanes]{}, gu[kLanes]{}, g[kLanes]{};
+    const uint32_t first = start + (uint32_t)(block * kLanes);
+    for (int l = 0; l < kLanes; ++l) top[l] = -1e30f, low[l] = 1e30f;
+    for (int i = 0; i < n; ++i)
+#pragma omp simd
+      for (int l = 0; l < kLanes; ++l) {
+        uint32_t x = first + l, y = i;
+        threefry(k0, k1, x, y);
+        a[i][l] = -log1pf(-unit(x));
+        u[i][l] = -log1pf(-unit(y));
+        sa[l] += a[i][l];
+        su[l] += u[i][l];
+      }
+    for (int i = 0; i < n / 2; ++i)
+#pragma omp simd
+      for (int l = 0; l < kLanes; ++l) {
+        uint32_t x = first + l, y = i + (32u << 24);
+        threefry(k0, k1, x, y);
+        const float radius = sqrtf(-2 * logf(unit(x))), turn = (float)(int32_t)y * 0x1p-32f;
+        r[i][l] = radius * cosine(turn);
+        r[i + n / 2][l] = radius * cosine(turn - 0.25f);
+      }
+    for (int i = 0; i < n; ++i)
+#pragma omp simd
+      for (int l = 0; l < kLanes; ++l) {
+        top[l] = std::max(top[l], r[i][l]);
+        low[l] = std::min(low[l], r[i][l]);
+        mean[l] += r[i][l] * (1.0f / n);
+      }
+    for (int i = 0; i < n; ++i)
+#pragma omp simd
+      for (int l = 0; l < kLanes; ++l) {
+        const float d = r[i][l] - mean[l], size_d = fabsf(d);
+        ca[l] += a[i][l] * d;
+        cu[l] += u[i][l] * d;
+        size_a[l] += a[i][l] * size_d;
+        size_u[l] += u[i][l] * size_d;
+        size[l] += size_d;
+        const bool narrow = top[l] - low[l] < beta;
+        const float t = (r[i][l] - (narrow ? mean[l] : top[l])) * inverse;
+        const float grown = narrow ? small_expm1(std::max(-1.0f, std::min(1.0f, t))) : expf(t);
+        ga[l] += a[i][l] * grown;
+        gu[l] += u[i][l] * grown;
+        g[l] += (a[i][l] + u[i][l]) * fabsf(grown);
+      }
+    float block_sums[5]{};
+#pragma omp simd reduction(+ : block_sums[:5])
+    for (int l = 0; l < kLanes; ++l) {
+      uint32_t x = first + l, y = 40u << 24;
+      threefry(k0, k1, x, y);
+      const float alpha = unit(x), bound_a = 80 * unit_roundoff * (size_a[l] / sa[l] + size[l] / n);
+      const float bound_u = 80 * unit_roundoff * (size_u[l] / su[l] + size[l] / n);
+      const float cov_a = ca[l] / sa[l], cov_u = cu[l] / su[l];
+      const bool narrow = top[l] - low[l] < beta;
+      const float ea = ga[l] / sa[l], eu = gu[l] / su[l], mixed = alpha * ea + (1 - alpha) * eu;
+      const float bound = 80 * unit_roundoff * g[l] / std::min(sa[l], su[l]);
+      const float holds = cov_a > bound_a && cov_u < -bound_u ? 1.0f : 0.0f;
+      block_sums[0] += holds;
+      block_sums[1] += ea - eu < -bound ? holds : 0.0f;
+      block_sums[2] += fabsf(ea - eu) <= bound || fabsf(cov_a) <= bound_a || fabsf(cov_u) <= bound_u;
+      block_sums[3] += alpha * ((narrow ? 1 : 0) + ea) / ((narrow ? 1 : 0) + mixed);
+      block_sums[4] += (narrow ? mean[l] : top[l]) * inverse + (narrow ? log1pf(mixed) : logf(mixed));
+    }
+    hold += block_sums[0];
+    fail += block_sums[1];
+    open += block_sums[2];
+    tpm += block_sums[3];
+    log_z += block_sums[4];
+  }
+  const double found[5] = {hold, fail, open, tpm, log_z};
+  for (int k = 0; k < 5; ++k) out[k] = found[k];
+}
+
+// Evaluate from memory: log Z, log TPM(A), log TPM(U), shift, KL, E[r], objective; out [7][num].
+// rows: 1 for [num][n], 0 for [n][num]. num is a multiple of 64.
+void evaluate(const float* log_a, const float* log_u, const float* reward, const float* logit,
+              const float* betas, int n, int64_t num, int rows, float* out) {
+#pragma omp parallel
+  {
+    float* scratch = new (std::align_val_t(64)) float[(size_t)6 * n * kLanes];
+    float *pa = scratch, *pu = pa + n * kLanes, *r = pu + n * kLanes, *wa = r + n * kLanes;
+    float *wu = wa + n * kLanes, *d = wu + n * kLanes;
+#pragma omp for
+    for (int64_t block = 0; block < num / kLanes; ++block) {
+      const int64_t first = block * kLanes;
+      alignas(64) float za[kLanes]{}, zu[kLanes]{}, m[kLanes]{}, low[kLanes], top[kLanes], peak_a[kLanes],
+          peak_u[kLanes], ta[kLanes]{}, tu[kLanes]{}, ga[kLanes]{}, gu[kLanes]{}, al[kLanes], tpm[kLanes],
+          log_z[kLanes], kl[kLanes]{}, gain[kLanes]{};
+      if (rows)  // turn [64][n] into [n][64], in cache
+        for (int l = 0; l < kLanes; ++l)
+          for (int i = 0; i < n; ++i) {
+            pa[i * kLanes + l] = log_a[(first + l) * n + i];
+            pu[i * kLanes + l] = log_u[(first + l) * n + i];
+            r[i * kLanes + l] = reward[(first + l) * n + i];
+          }
+      else
+        for (int i = 0; i < n; ++i)
+          for (int l = 0; l < kLanes; ++l) {
+            pa[i * kLanes + l] = log_a[i * num + first + l];
+            pu[i * kLanes + l] = log_u[i * num + first + l];
+            r[i * kLanes + l] = reward[i * num + first + l];
+          }
+      for (int l = 0; l < kLanes; ++l) {
+        al[l] = 1 / (1 + expf(-logit[first + l]));
+        low[l] = 1e30f, top[l] = peak_a[l] = peak_u[l] = -1e30f;
+      }
+      for (int i = 0; i < n; ++i)
+#pragma omp simd
+        for (int l = 0; l < kLanes; ++l) {
+          const int at = i * kLanes + l;
+          const float inverse = 1 / betas[first + l], x = r[at];
+          wa[at] = pa[at] + x * inverse;
+          wu[at] = pu[at] + x * inverse;
+          peak_a[l] = std::max(peak_a[l], wa[at]);
+          peak_u[l] = std::max(peak_u[l], wu[at]);
+          low[l] = std::min(low[l], x);
+          top[l] = std::max(top[l], x);
+          pa[at] = expf(pa[at]);
+          pu[at] = expf(pu[at]);
+          za[l] += pa[at];
+          zu[l] += pu[at];
+          m[l] += (al[l] * pa[at] + (1 - al[l]) * pu[at]) * x;
+        }
+      for (int i = 0; i < n; ++i)
+#pragma omp simd
+        for (int l = 0; l < kLanes; ++l) {
+          const int at = i * kLanes + l;
+          wa[at] = expf(wa[at] - peak_a[l]);
+          wu[at] = expf(wu[at] - peak_u[l]);
+          ta[l] += wa[at];
+          tu[l] += wu[at];
+          d[at] = (r[at] - m[l]) / betas[first + l];
+          const float grown = small_expm1(std::max(-1.0f, std::min(1.0f, d[at])));
+          ga[l] += pa[at] * grown;
+          gu[l] += pu[at] * grown;
+        }
+#pragma omp simd
+      for (int l = 0; l < kLanes; ++l) {
+        const float beta = betas[first + l], ea = ga[l] / za[l], eu = gu[l] / zu[l];
+        const bool narrow = top[l] - low[l] < beta;
+        const float wide = peak_a[l] - peak_u[l] + logf(ta[l] / tu[l] * (zu[l] / za[l]));
+        const float shift = narrow ? log1pf((ea - eu) / (1 + eu)) : wide;
+        const float moved = logit[first + l] + shift, log_tpm_a = -log1pf(expf(-moved));
+        const float log_tpm_u = -log1pf(expf(moved)), ka = peak_a[l] + logf(ta[l] / za[l]);
+        tpm[l] = expf(log_tpm_a);
+        const float centered = narrow ? log1pf(al[l] * ea + (1 - al[l]) * eu)
+                                      : logf(al[l]) + ka - log_tpm_a - m[l] / beta;
+        log_z[l] = centered;
+        out[0 * num + first + l] = m[l] / beta + centered;
+        out[1 * num + first + l] = log_tpm_a;
+        out[2 * num + first + l] = log_tpm_u;
+        out[3 * num + first + l] = shift;
+        out[6 * num + first + l] = m[l] + beta * centered;
+      }
+      for (int i = 0; i < n; ++i)
+#pragma omp simd
+        for (int l = 0; l < kLanes; ++l) {
+          const int at = i * kLanes + l;
+          const float best = tpm[l] * wa[at] / ta[l] + (1 - tpm[l]) * wu[at] / tu[l];
+          const float ref = al[l] * pa[at] / za[l] + (1 - al[l]) * pu[at] / zu[l];
+          const float ratio = d[at] - log_z[l];
+          const float divisor[9] = {403200, 45360, 5760, 840, 144, 30, 8, 3, 2};
+          float value = 0;
+          for (float x : divisor) value = 1 / x + ratio * value;
+          kl[l] += fabsf(ratio) < 1 ? ref * ratio * ratio * value : best * ratio - best + ref;
+          gain[l] += best * (r[at] - m[l]);
+        }
+      for (int l = 0; l < kLanes; ++l) {
+        out[4 * num + first + l] = kl[l];
+        out[5 * num + first + l] = m[l] + gain[l];
+      }
+    }
+    operator delete[](scratch, std::align_val_t(64));
+  }
+}
+}

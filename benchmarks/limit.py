@@ -1,0 +1,64 @@
+"""The hand-written C++ loop of limit.cpp, compiled on the spot."""
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Compile and load the loop; None where there is no compiler."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        return None
+    source = Path(__file__).with_name("limit.cpp")
+    target = Path(tempfile.mkdtemp(prefix="jaxsim-bench-")) / "limit.so"
+    subprocess.run([compiler, *_FLAGS, str(source), "-o", str(target)], check=True)
+    return ctypes.CDLL(str(target))
+
+
+def simulate(words: np.ndarray, num: int, beta: float) -> dict[str, float]:
+    """Draw, evaluate, judge and count `num` default instances of 32 outputs at one β."""
+    loaded = library()
+    assert loaded is not None
+    out = (ctypes.c_double * 5)()
+    loaded.simulate(
+        ctypes.c_uint32(int(words[0])), ctypes.c_uint32(int(words[1])), ctypes.c_uint32(0),
+        ctypes.c_int64(num), ctypes.c_float(beta), out,
+    )  # fmt: skip
+    hold, violations, undecided, tpm, log_z = out
+    return {
+        "hold": hold,
+        "violations": violations,
+        "undecided": undecided,
+        "mean_tpm_aligned": tpm / num,
+        "mean_log_z": log_z / num,
+    }
+
+
+def evaluate(fields: dict[str, np.ndarray], *, rows: bool, out: np.ndarray) -> np.ndarray:
+    """Evaluate float32 instances, in rows or in columns, into [7, instances].
+
+    The fields come in the order of `Evaluation`.
+    """
+    loaded = library()
+    assert loaded is not None
+    shape = fields["reward"].shape
+    n, num = shape[::-1] if rows else shape
+    pointers: list[Any] = [
+        np.ascontiguousarray(fields[name], np.float32).ctypes.data_as(ctypes.c_void_p)
+        for name in ("log_p_aligned", "log_p_unaligned", "reward", "logit_alpha", "beta")
+    ]
+    loaded.evaluate(
+        *pointers, ctypes.c_int(n), ctypes.c_int64(num), ctypes.c_int(rows),
+        out.ctypes.data_as(ctypes.c_void_p),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,34 @@
+"""This user's cache: compiled programs, and what has been found out about devices."""
+
+import os
+import stat
+from pathlib import Path
+
+
+def cache_root() -> Path:
+    """Return the folder, which may not exist yet: $XDG_CACHE_HOME/jaxsim, or ~/.cache/jaxsim."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxsim"
+
+
+def keep_compiled() -> None:
+    """Have JAX keep compiled programs between processes, where the user has not settled that.
+
+    A compiled program is code: the folder must be this user's, and writable by no one else.
+    """
+    import jax
+
+    if jax.config.read("jax_compilation_cache_dir") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    path = cache_root() / "compiled"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError:
+        return  # nowhere to keep them: compile anew
+    if hasattr(os, "getuid") and (
+        found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022
+    ):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
