@@ -17,7 +17,7 @@ def keep_compiled() -> None:
     """
     import jax
 
-    if jax.config.read("jax_compilation_cache_dir") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     path = cache_root() / "compiled"
     try:
