@@ -44,6 +44,9 @@ inline float small_expm1(float x) {  // |x| <= 1
   return x * value;
 }
 
+// Below -87 the vector library leaves a lane to scalar code, and results to subnormal numbers.
+inline float exp_above(float x) { return expf(std::max(x, -87.0f)); }
+
 }  // namespace
 
 extern "C" {
@@ -101,7 +104,7 @@ void simulate(uint32_t key0, uint32_t key1, uint32_t start, int64_t num, float b
         size[l] += size_d;
         const bool narrow = top[l] - low[l] < beta;
         const float t = (r[i][l] - (narrow ? mean[l] : top[l])) * inverse;
-        const float grown = narrow ? small_expm1(std::max(-1.0f, std::min(1.0f, t))) : expf(t);
+        const float grown = narrow ? small_expm1(std::max(-1.0f, std::min(1.0f, t))) : exp_above(t);
         ga[l] += a[i][l] * grown;
         gu[l] += u[i][l] * grown;
         g[l] += (a[i][l] + u[i][l]) * fabsf(grown);
@@ -178,8 +181,8 @@ void evaluate(const float* log_a, const float* log_u, const float* reward, const
           peak_u[l] = std::max(peak_u[l], wu[at]);
           low[l] = std::min(low[l], x);
           top[l] = std::max(top[l], x);
-          pa[at] = expf(pa[at]);
-          pu[at] = expf(pu[at]);
+          pa[at] = exp_above(pa[at]);
+          pu[at] = exp_above(pu[at]);
           za[l] += pa[at];
           zu[l] += pu[at];
           m[l] += (al[l] * pa[at] + (1 - al[l]) * pu[at]) * x;
@@ -188,8 +191,8 @@ void evaluate(const float* log_a, const float* log_u, const float* reward, const
 #pragma omp simd
         for (int l = 0; l < kLanes; ++l) {
           const int at = i * kLanes + l;
-          wa[at] = expf(wa[at] - peak_a[l]);
-          wu[at] = expf(wu[at] - peak_u[l]);
+          wa[at] = exp_above(wa[at] - peak_a[l]);
+          wu[at] = exp_above(wu[at] - peak_u[l]);
           ta[l] += wa[at];
           tu[l] += wu[at];
           d[at] = (r[at] - m[l]) / betas[first + l];

@@ -37,6 +37,7 @@ def check(found: dict[str, float], sampling: float) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself
 @pytest.mark.parametrize("name", ["numpy", "torch", "torch.compile", "numba"])
 def test_peers_draw_from_the_same_law(name: str) -> None:
     if name == "numpy":
