@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not peers.available(module):
             print(f"left out: {name} (pip install -e '.[bench]')", file=sys.stderr)
     if not limit.library():
-        print("left out: C++ (there is no compiler c++ or g++)", file=sys.stderr)
+        print("left out: C++ (no compiler c++ or g++, or it failed)", file=sys.stderr)
     found, parts = {}, []
     for name in options.only or WORKS:
         title, make, num = WORKS[name]

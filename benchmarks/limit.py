@@ -10,19 +10,26 @@ from typing import Any
 
 import numpy as np
 
-_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
+_COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-std=c++17", "-fPIC", "-c")
+# Without -ffast-math: with it, loading the library would have the whole process flush subnormals.
+_LINK = ("-shared", "-fopenmp", "-lmvec", "-lm")
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Compile and load the loop; None where there is no compiler."""
+    """Compile and load the loop; None where there is no compiler that can."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return None
     source = Path(__file__).with_name("limit.cpp")
-    target = Path(tempfile.mkdtemp(prefix="jaxsim-bench-")) / "limit.so"
-    subprocess.run([compiler, *_FLAGS, str(source), "-o", str(target)], check=True)
-    return ctypes.CDLL(str(target))
+    with tempfile.TemporaryDirectory(prefix="jaxsim-bench-") as folder:
+        code, target = Path(folder) / "limit.o", Path(folder) / "limit.so"
+        try:
+            subprocess.run([compiler, *_COMPILE, str(source), "-o", str(code)], check=True)
+            subprocess.run([compiler, str(code), *_LINK, "-o", str(target)], check=True)
+        except subprocess.CalledProcessError:
+            return None
+        return ctypes.CDLL(str(target))
 
 
 def simulate(words: np.ndarray, num: int, beta: float) -> dict[str, float]:

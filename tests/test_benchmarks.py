@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -59,6 +60,12 @@ def test_the_loop_in_cpp_draws_the_same_instances() -> None:
     assert abs(found["violations"] - expected.violations[0]) <= found["undecided"]
     assert found["undecided"] < 1e-3 * NUM
     check(found, sampling=0.05)
+
+
+@pytest.mark.skipif(limit.library() is None, reason="there is no C++ compiler")
+def test_the_loop_in_cpp_leaves_subnormal_numbers_to_the_process() -> None:
+    assert sys.float_info.min / 2 > 0
+    assert np.finfo(np.float32).tiny / np.float32(2) > 0
 
 
 @pytest.mark.parametrize("rows", [True, False])
