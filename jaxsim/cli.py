@@ -283,8 +283,9 @@ def _free_directory() -> Path:
 @contextmanager
 def _reporting() -> Iterator["Report"]:
     """Show a progress bar on a terminal, and plain lines elsewhere."""
-    from jaxsim.progress import bar, lines
+    from jaxsim.progress import bar, lines, remember_interrupts
 
+    remember_interrupts()
     with (bar if sys.stderr.isatty() else lines)() as report:
         yield report
 

@@ -1,11 +1,35 @@
 """How far a run is: a bar with instances per second and time left, or plain lines."""
 
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from jaxsim.runs.job import Report
+
+_interrupted = False
+
+
+def remember_interrupts() -> None:
+    """Have Ctrl-C raise again at the next step, in case the first time fell into a callback.
+
+    Python drops an exception that is raised within one (a weak reference's, a compiler's).
+    """
+
+    def interrupt(number: int, frame: Any) -> None:
+        global _interrupted
+        _interrupted = True
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+
+
+def _stop_if_interrupted() -> None:
+    if _interrupted:
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -30,6 +54,7 @@ def bar() -> Iterator[Report]:
             progress.reset(task, description=name, total=total or None, rate="")
 
         def step(done: int) -> None:
+            _stop_if_interrupted()
             rate = clock.rate(done)
             shown = f"{rate:,.0f} {clock.unit}/s" if rate else ""
             progress.update(task, completed=done, rate=shown)
@@ -49,6 +74,7 @@ def lines() -> Iterator[Report]:
         print(f"{name}{f' {total:,} {unit}' if total else ''} …", file=sys.stderr, flush=True)
 
     def step(done: int) -> None:
+        _stop_if_interrupted()
         now = time.monotonic()
         if now - last[0] >= 2:
             last[0] = now
