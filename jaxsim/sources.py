@@ -123,11 +123,10 @@ class FamilySource:
         """Draw the tiles that the instances are in."""
         # Not less: of another shape the sums, and so the logs, may differ in their last bits.
         tiles, tile_of = np.unique(which // self.size, return_inverse=True)
-        drawn = [self.tile(tile * self.size) for tile in tiles.tolist()]
         parts, order = [], []
-        for at, tile in enumerate(drawn):
+        for at, tile in enumerate(tiles.tolist()):  # one at a time, since each takes megabytes
             mine = np.flatnonzero(tile_of == at)
-            parts.append(columns(tile, which[mine] % self.size))
+            parts.append(columns(self.tile(tile * self.size), which[mine] % self.size))
             order.append(mine)
         place = np.argsort(np.concatenate(order))
         return jax.tree.map(lambda *x: np.concatenate(x)[place], *parts)

@@ -22,6 +22,7 @@ from jaxsim import Components, Family, Instance, Rewards, Scalar, sample_instanc
 from jaxsim.families import samplers
 from jaxsim.families.counter import Stream, key_words, threefry_2x32
 from jaxsim.families.draw import draw_masses
+from jaxsim.instance import Masses
 from jaxsim.sources import block_size, draw_tile, index_words, stream_at, tile_size
 
 KEY = jax.random.key(20)
@@ -155,9 +156,14 @@ def test_masses_are_those_of_the_instances(family: Family) -> None:
     words, size = key_words(KEY), block_size(family.outputs)
     whole = jax.device_get(draw_tile(family, words, index_words(2**40)))
     start = jnp.asarray(index_words(2**40))
-    masses = jax.device_get(
-        jax.jit(lambda: draw_masses(family, stream_at(words, start, 0, size)))()
-    )
+
+    def masses_of(num: int) -> Masses:
+        drawn = jax.jit(lambda: draw_masses(family, stream_at(words, start, 0, num)))
+        return jax.device_get(drawn())
+
+    masses, more = masses_of(size), masses_of(tile_size(family.outputs))
+    for name, value in vars(masses).items():  # of any shape the same bits
+        np.testing.assert_array_equal(value, getattr(more, name)[..., :size])
     for name in ("reward", "logit_alpha", "beta"):
         np.testing.assert_array_equal(getattr(masses, name), getattr(whole, name)[..., :size])
     for side in ("aligned", "unaligned"):

@@ -100,6 +100,7 @@ def test_gradients_are_finite_at_zero_mass() -> None:
         ([1.0, -2.0], r"betas\[1\] is -2.0"),
         ([math.nan], r"betas\[0\] is nan"),
         ([math.inf], r"betas\[0\] is inf"),
+        ([1e-50], r"betas\[0\] is 1e-50; expected a number > 0 that float32 can hold"),
     ],
 )
 def test_bad_betas_are_named(betas: object, message: str) -> None:

@@ -122,11 +122,14 @@ def evaluate_grid(instance: Instance, betas: ArrayLike | Sequence[float]) -> gri
     values: Any = betas if traced else np.asarray(betas)
     if values.ndim != 1 or values.size == 0:
         raise ValueError(f"evaluate_grid: betas has shape {values.shape}; expected [betas]")
-    for at, beta in enumerate(() if traced else values):
-        if not 0 < beta < np.inf:
-            raise ValueError(f"evaluate_grid: betas[{at}] is {beta}; expected a number > 0")
     _batch_rank("evaluate_grid", (instance,))
-    values = jnp.asarray(values, jnp.asarray(instance.reward).dtype)
+    dtype = jnp.asarray(instance.reward).dtype
+    for at, beta in enumerate(() if traced else values):
+        if not float(jnp.finfo(dtype).tiny) <= beta <= float(jnp.finfo(dtype).max):
+            raise ValueError(
+                f"evaluate_grid: betas[{at}] is {beta}; expected a number > 0 that {dtype} can hold"
+            )
+    values = jnp.asarray(values, dtype)
     return replace(_grid(instance, betas=values), betas=values)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from jaxsim.engine.mesh import on_all_devices
 from jaxsim.engine.tiles import require_dtype
 from jaxsim.families.counter import key_words
-from jaxsim.families.draw import draw, draw_masses
+from jaxsim.families.draw import draw_masses
 from jaxsim.families.spec import Family
 from jaxsim.instance import Instance, Masses
 from jaxsim.logspace import total
@@ -215,7 +215,9 @@ def _tiles(
     skipped: int,
 ) -> Iterator[tuple[int, slice, _Tile]]:
     """Yield index, the instances that count, and the results of each tile of a source."""
-    drawn = source if isinstance(source, FamilySource) else None
+    # Masses are drawn where they are judged. Logs are taken from the source: drawn in another shape
+    # their last bits may differ, and the error bounds take the stored ones as exact.
+    drawn = source if isinstance(source, FamilySource) and source.family.has_masses else None
     starts = range(0, source.num, source.size)
 
     def real(start: int) -> slice:
@@ -244,7 +246,7 @@ def _tiles(
 class _Form:
     """What a tile's program depends on."""
 
-    family: Family | None  # None: the instances are given
+    family: Family | None  # whose masses are drawn; None: the instances are given
     outputs: int
     size: int  # of a tile
     own_beta: bool
@@ -261,11 +263,10 @@ def _tile(form: _Form, tile: tuple[Array, Any], shared: tuple[Array, Array]) -> 
         place = (at * size).astype(jnp.int32) + jnp.arange(size, dtype=jnp.int32)
         real = (ends[0] <= place) & (place < ends[1])
         if form.family is None:
-            drawn = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, at * size, size, -1), given)
-        else:
-            drawn = _drawn(form.family, words, given, at * size, size, ends)
-        base = center_masses(drawn) if isinstance(drawn, Masses) else center(drawn)
-        return None, _judged(form, base, drawn.beta, betas, real)
+            part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, at * size, size, -1), given)
+            return None, _judged(form, center(part), part.beta, betas, real)
+        masses = _drawn(form.family, words, given, at * size, size, ends)
+        return None, _judged(form, center_masses(masses), masses.beta, betas, real)
 
     blocks = jnp.arange(form.size // size, dtype=jnp.uint32)
     _, judged = lax.scan(block, None, blocks)
@@ -275,12 +276,11 @@ def _tile(form: _Form, tile: tuple[Array, Any], shared: tuple[Array, Array]) -> 
 
 def _drawn(
     family: Family, words: Array, start: Array, offset: Array, size: int, ends: Array
-) -> Instance | Masses:
+) -> Masses:
     """Draw a block, stored as it is drawn: no consumer sees a value that was not yet rounded."""
 
-    def drawn() -> Instance | Masses:
-        stream = stream_at(words, start, offset, size)
-        return draw_masses(family, stream) if family.has_masses else draw(family, stream)
+    def drawn() -> Masses:
+        return draw_masses(family, stream_at(words, start, offset, size))
 
     # XLA draws anew for each consumer of a draw, which costs more than all else. It cannot look
     # into a branch; which one is taken is known only at run time.
@@ -295,7 +295,7 @@ def _judged(form: _Form, base: Centered, own: Array, betas: Array, real: Array) 
 
     def conclusion(_: None, beta: Array) -> tuple[None, tuple[Array, Array]]:
         beta = jnp.broadcast_to(beta, own.shape)
-        if form.means and (form.family is None or not form.family.has_masses):
+        if form.means and form.family is None:
             x = tilt(base, beta)
             outcome = verdict(hypotheses, x).conclusion
             log_z, shift = base.center / beta[None] + x.log_z_centered, x.log_odds_shift
