@@ -68,13 +68,21 @@ def bits(x: Float[Array, " *shape"]) -> Array:
     return lax.bitcast_convert_type(x, jnp.int32 if x.dtype.itemsize == 4 else jnp.int64)
 
 
+def any_output(mask: Array) -> Array:
+    """Return whether a mask is true anywhere along the first axis, [1, *tile].
+
+    As the maximum of floats: XLA on CPU vectorises that, but not `any` or a maximum of integers.
+    """
+    return jnp.max(mask.astype(jnp.float32), axis=0, keepdims=True) > 0
+
+
 def stored_alike(x: Float[Array, " outputs *tile"], where: Array) -> Array:
-    """Return whether all entries along the first axis that a mask admits are stored alike."""
-    stored = bits(x)
-    limits = jnp.iinfo(stored.dtype)
-    least = jnp.min(jnp.where(where, stored, limits.max), axis=0, keepdims=True)
-    most = jnp.max(jnp.where(where, stored, limits.min), axis=0, keepdims=True)
-    return least == most
+    """Return whether all entries along the first axis that a mask admits are stored alike.
+
+    Not where a device flushed their maximum to zero.
+    """
+    most = jnp.max(jnp.where(where, x, -jnp.inf), axis=0, keepdims=True)
+    return ~any_output(where & (bits(x) != bits(most)))
 
 
 def two_sum(a: Float[Array, " *shape"], b: Float[Array, " *shape"]) -> tuple[Array, Array]:

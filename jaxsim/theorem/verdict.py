@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from jaxsim.instance import Instance
-from jaxsim.logspace import AnyArray, bits, stored_alike, total, unit_roundoff
+from jaxsim.logspace import AnyArray, any_output, bits, stored_alike, total, unit_roundoff
 from jaxsim.rounding import EXP, EXPM1, LOG, LOG1P, QUOTIENT, sum_depth, trust
 from jaxsim.tilting import Centered, Component, Tilt, TiltedComponent, center, tilt
 
@@ -109,19 +109,20 @@ def covariances(base: Centered) -> Covariances:
     info, outputs = jnp.finfo(base.reward.dtype), base.reward.shape[0]
     depth = sum_depth(outputs)
     count = total(base.support.astype(base.reward.dtype))
+    # From the plain mean, not the reference's, which an output of much mass may draw far away.
     top = jnp.max(jnp.where(base.support, base.reward, -jnp.inf), axis=0, keepdims=True)
     mean = top + total(jnp.where(base.support, base.reward - top, 0.0)) / count
     above_mean = jnp.where(base.support, base.reward - mean, 0.0)
-    rest, size = total(above_mean) / count, total(jnp.abs(above_mean)) / count
+    size = total(jnp.abs(above_mean)) / count
     flushed = 8 * float(info.tiny) * outputs * (1 + base.span)
     constant = stored_alike(base.reward, base.support)
 
     def covariance(part: Component, sign: int) -> tuple[Array, Array]:
-        value = (total(part.p * above_mean) - rest) / count
-        # Per term: r - mean, p, the product, the sum; then the difference over n.
-        units = (2 + part.share + depth) * total(part.p * jnp.abs(above_mean))
-        units = (units + (1 + QUOTIENT + depth) * size) / count + part.floor * size
-        units = units + (1 + QUOTIENT) * jnp.abs(value)
+        value = total((part.p - 1 / count) * above_mean) / count
+        # Per term: r - m, p less 1/n, the product, the sum; then the division by n.
+        units = (3 + part.share + depth) * total(part.p * jnp.abs(above_mean))
+        units = (units + (3 + QUOTIENT + depth) * size) / count + part.floor * size
+        units = units + QUOTIENT * jnp.abs(value)
         bound = allowed(unit_roundoff(info.dtype) * units + flushed / count)
         uniform = part.stored & stored_alike(part.log_p, base.support)
         return value, decide(sign * value, bound, constant | uniform)
@@ -183,7 +184,7 @@ def stored_equal(base: Centered) -> Array:
     """
     differ = bits(base.aligned.log_p) != bits(base.unaligned.log_p)
     flushed = jnp.abs(base.aligned.log_p) < jnp.finfo(base.reward.dtype).tiny
-    return ~jnp.any(differ | flushed, axis=0, keepdims=True)
+    return ~any_output(differ | flushed)
 
 
 def allowed(bound: Array) -> Array:
