@@ -23,6 +23,7 @@ import jaxsim
 from benchmarks import limit, peers
 from benchmarks.timing import Timing, in_turns
 from jaxsim import Components, Family, Instance, tilting
+from jaxsim.engine import lift, native
 from jaxsim.families.counter import key_words
 from jaxsim.sources import draw_tile, index_words, tile_size
 
@@ -73,15 +74,17 @@ def evaluate_ways(num: int, *, rows: bool) -> Ways:
     batch, by_row, by_column = instances(num)
     arrays = by_row if rows else by_column
     order = ("log_p_aligned", "log_p_unaligned", "reward", "logit_alpha", "beta")
-    if rows:
-        ways: Ways = {"jaxsim": (lambda: jax.block_until_ready(jaxsim.evaluate(batch)), num)}
-    else:
-        size = tile_size(32)
-        words = key_words(KEY)
-        family = Family(outputs=32)
-        tiles = [draw_tile(family, words, index_words(at)) for at in range(0, num, size)]
-        evaluate = jax.jit(tilting.evaluate)
-        ways = {"jaxsim": (lambda: jax.block_until_ready([evaluate(t) for t in tiles]), num)}
+    xla: Callable[[Instance], Any] = lift.lift(tilting.evaluate)
+    ours: Callable[[Instance], Any] = jaxsim.evaluate
+    parts = [batch]
+    if not rows:
+        size, words, family = tile_size(32), key_words(KEY), Family(outputs=32)
+        parts = [draw_tile(family, words, index_words(at)) for at in range(0, num, size)]
+        xla = jax.jit(tilting.evaluate)
+        ours = jax.jit(native.evaluate_tile) if native.load() else xla
+    ways: Ways = {"jaxsim": (lambda: jax.block_until_ready([ours(part) for part in parts]), num)}
+    if native.load():
+        ways["jaxsim by XLA"] = lambda: jax.block_until_ready([xla(p) for p in parts]), num
     axis = 1 if rows else 0
     if limit.library():
         out = np.zeros((7, num), np.float32)
@@ -200,6 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"left out: {name} (pip install -e '.[bench]')", file=sys.stderr)
     if not limit.library():
         print("left out: C++ (no compiler c++ or g++, or it failed)", file=sys.stderr)
+    if not native.load():
+        print("left out: jaxsim's native kernel (jaxsim native)", file=sys.stderr)
     found, parts = {}, []
     for name in options.only or WORKS:
         title, make, num = WORKS[name]

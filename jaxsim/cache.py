@@ -10,25 +10,33 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxsim"
 
 
-def keep_compiled() -> None:
-    """Have JAX keep compiled programs between processes, where the user has not settled that.
+def private_folder(name: str) -> Path | None:
+    """Return a folder of the cache for code, made if need be; None where others could write to it.
 
-    A compiled program is code: the folder must be this user's, and writable by no one else.
+    Whoever can write there can run code as this user.
     """
-    import jax
-
-    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
-        return
-    path = cache_root() / "compiled"
+    path = cache_root() / name
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()
     except OSError:
-        return  # nowhere to keep them: compile anew
+        return None
     if hasattr(os, "getuid") and (
         found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022
     ):
+        return None
+    return path
+
+
+def keep_compiled() -> None:
+    """Have JAX keep compiled programs between processes, where the user has not settled that."""
+    import jax
+
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
+    path = private_folder("compiled")
+    if path is None:
+        return  # nowhere to keep them: compile anew
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -83,6 +83,14 @@ class Doctor:
     Verdicts rest on it. Needed once on a GPU or TPU; shipped as checked for CPU."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Native:
+    """Build the optional native kernel of evaluate for this machine's CPU; needs a C++ compiler."""
+
+    remove: bool = False
+    """Delete it instead: evaluate is then compiled by XLA again."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -128,6 +136,7 @@ def _parse(argv: list[str]) -> Any:
             | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
             | Annotated[Figures, tyro.conf.subcommand("figures")]
             | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+            | Annotated[Native, tyro.conf.subcommand("native")]
         )
         with _plain_value_errors():
             command = tyro.cli(
@@ -225,6 +234,7 @@ def _figures(command: Figures, argv: list[str]) -> int:
 def _doctor(command: Doctor, argv: list[str]) -> int:
     import jax
 
+    from jaxsim.engine import native
     from jaxsim.rounding import UNTRUSTED, is_trusted
     from jaxsim.runs.job import versions
 
@@ -236,6 +246,8 @@ def _doctor(command: Doctor, argv: list[str]) -> int:
     platform = jax.devices()[0].platform
     trusted = "rest on checked functions" if is_trusted(platform) else UNTRUSTED
     print(f"{'verdicts':12} {trusted}")
+    kernel = "in use on CPU" if native.load() else "not built (jaxsim native)"
+    print(f"{'native':12} {kernel}")
     clash = name_clash()
     if clash:
         print(f"jaxsim: {clash}", file=sys.stderr)
@@ -257,6 +269,17 @@ def _check_functions() -> int:
         print("jaxsim: a function is less accurate than verdicts assume", file=sys.stderr)
         return 1
     print(f"passed; recorded in {rounding.record(errors)}")
+    return 0
+
+
+def _native(command: Native, argv: list[str]) -> int:
+    from jaxsim.engine import native
+
+    if command.remove:
+        print("removed" if native.remove() else "there was none")
+        return 0
+    with _user_input():
+        print(f"built {native.build()}; jaxsim.evaluate uses it on CPU from now on")
     return 0
 
 
@@ -297,4 +320,10 @@ def _print_results(results: "Results", target: Path) -> None:
     print(f"Written to {target}")
 
 
-_DO: dict[Any, Any] = {Run: _run, Evaluate: _evaluate, Figures: _figures, Doctor: _doctor}
+_DO: dict[Any, Any] = {
+    Run: _run,
+    Evaluate: _evaluate,
+    Figures: _figures,
+    Doctor: _doctor,
+    Native: _native,
+}

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jaxsim import grid, tilting
+from jaxsim.engine import native
 from jaxsim.instance import Instance
 from jaxsim.sources import tile_size
 from jaxsim.theorem import bounds, ladder, verdict
@@ -86,7 +87,7 @@ def _batch_rank(name: str, args: tuple[Any, ...]) -> int:
     return len(shape) - 1
 
 
-evaluate = lift(tilting.evaluate)
+evaluate = native.where_built(lift(tilting.evaluate), rank_of=_batch_rank)
 optimal_policy = lift(tilting.optimal_policy)
 mixture_weights = lift(tilting.mixture_weights)
 objective = lift(tilting.objective)

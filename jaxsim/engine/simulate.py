@@ -20,7 +20,7 @@ from jaxsim.engine.tiles import require_dtype
 from jaxsim.families.counter import key_words
 from jaxsim.families.draw import draw_masses
 from jaxsim.families.spec import Family
-from jaxsim.instance import Instance, Masses
+from jaxsim.instance import Instance
 from jaxsim.logspace import total
 from jaxsim.sources import FamilySource, Source, at_beta, block_size, stream_at, tile_size
 from jaxsim.theorem.certify import certify
@@ -265,28 +265,14 @@ def _tile(form: _Form, tile: tuple[Array, Any], shared: tuple[Array, Array]) -> 
         if form.family is None:
             part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, at * size, size, -1), given)
             return None, _judged(form, center(part), part.beta, betas, real)
-        masses = _drawn(form.family, words, given, at * size, size, ends)
+        stream = stream_at(words, given, at * size, size)
+        masses = stream.once(partial(draw_masses, form.family, stream))
         return None, _judged(form, center_masses(masses), masses.beta, betas, real)
 
     blocks = jnp.arange(form.size // size, dtype=jnp.uint32)
     _, judged = lax.scan(block, None, blocks)
     codes = jnp.moveaxis(judged.codes, 0, 1).reshape(judged.codes.shape[1], form.size)
     return replace(judged, codes=codes)
-
-
-def _drawn(
-    family: Family, words: Array, start: Array, offset: Array, size: int, ends: Array
-) -> Masses:
-    """Draw a block, stored as it is drawn: no consumer sees a value that was not yet rounded."""
-
-    def drawn() -> Masses:
-        return draw_masses(family, stream_at(words, start, offset, size))
-
-    # XLA draws anew for each consumer of a draw, which costs more than all else. It cannot look
-    # into a branch; which one is taken is known only at run time.
-    shapes = jax.eval_shape(drawn)
-    nothing = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return lax.cond(ends[1] > 0, drawn, nothing)
 
 
 def _judged(form: _Form, base: Centered, own: Array, betas: Array, real: Array) -> _Tile:

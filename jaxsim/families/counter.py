@@ -6,12 +6,18 @@ consumes the words. The block cipher is that of `jax.extend.random.threefry_2x32
 key, the low word and the number of the block are the counter.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, UInt32
+
+T = TypeVar("T")
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
@@ -84,3 +90,14 @@ class Stream:
         return threefry_2x32(
             self.key, (jnp.broadcast_to(self.index, shape), jnp.broadcast_to(row, shape))
         )
+
+    def once(self, drawn: Callable[[], T]) -> T:
+        """Return what `drawn` draws from this stream, stored before anything uses it.
+
+        XLA draws anew for each consumer of a draw, which costs more than all else, and may round
+        differently in each. It cannot look into a branch; which one is taken is known only at run
+        time.
+        """
+        shapes = jax.eval_shape(drawn)
+        nothing = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return lax.cond((self.key[0] | jnp.uint32(1)) > 0, drawn, nothing)

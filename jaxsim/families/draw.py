@@ -53,9 +53,9 @@ def _components(
     if spec.kind == "zipf":
         return _zipf(spec, n, stream, dtype)
     if family.has_masses:
-        mass_a, mass_u = _masses(spec, n, stream)
+        mass_a, mass_u = stream.once(lambda: _masses(spec, n, stream))
         return samplers.log_normalise(mass_a), samplers.log_normalise(mass_u), None
-    log_a, log_u = _log_masses(spec, n, stream, dtype)
+    log_a, log_u = stream.once(lambda: _log_masses(spec, n, stream, dtype))
     if spec.kind != "dirichlet":
         u, v = samplers.uniform(stream.words(_MEMBERS, n), jnp.dtype(jnp.float32))
         row = jnp.arange(n).reshape((n,) + (1,) * stream.index.ndim)
@@ -109,7 +109,7 @@ def _zipf(
     """Split a Zipf reference by a random classifier a(y): p_A ∝ p_ref a, α = E_ref[a]."""
     rank = jnp.arange(1, n + 1, dtype=dtype).reshape((n,) + (1,) * stream.index.ndim)
     log_ref = samplers.log_softmax(-spec.zipf_exponent * jnp.log(rank))
-    noise = samplers.normal(stream, _MEMBERS, n, dtype)
+    noise = stream.once(lambda: samplers.normal(stream, _MEMBERS, n, dtype))
     score = spec.classifier_mean + spec.classifier_scale * noise
     log_joint_a = log_ref - jnp.logaddexp(0.0, -score)
     log_joint_u = log_ref - jnp.logaddexp(0.0, score)
