@@ -86,9 +86,6 @@ def evaluate_ways(num: int, *, rows: bool) -> Ways:
     if native.load():
         ways["jaxsim by XLA"] = lambda: jax.block_until_ready([xla(p) for p in parts]), num
     axis = 1 if rows else 0
-    if limit.library():
-        out = np.zeros((7, num), np.float32)
-        ways["C++"] = lambda: limit.evaluate(arrays, rows=rows, out=out), num
     if peers.available("torch"):
         import torch
 

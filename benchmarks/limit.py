@@ -6,7 +6,6 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -49,23 +48,3 @@ def simulate(words: np.ndarray, num: int, beta: float) -> dict[str, float]:
         "mean_tpm_aligned": tpm / num,
         "mean_log_z": log_z / num,
     }
-
-
-def evaluate(fields: dict[str, np.ndarray], *, rows: bool, out: np.ndarray) -> np.ndarray:
-    """Evaluate float32 instances, in rows or in columns, into [7, instances].
-
-    The fields come in the order of `Evaluation`.
-    """
-    loaded = library()
-    assert loaded is not None
-    shape = fields["reward"].shape
-    n, num = shape[::-1] if rows else shape
-    pointers: list[Any] = [
-        np.ascontiguousarray(fields[name], np.float32).ctypes.data_as(ctypes.c_void_p)
-        for name in ("log_p_aligned", "log_p_unaligned", "reward", "logit_alpha", "beta")
-    ]
-    loaded.evaluate(
-        *pointers, ctypes.c_int(n), ctypes.c_int64(num), ctypes.c_int(rows),
-        out.ctypes.data_as(ctypes.c_void_p),
-    )  # fmt: skip
-    return out
