@@ -169,4 +169,4 @@ def kl_over_outputs(
     u = jnp.where(in_p & in_q, log_p, 0.0) - jnp.where(in_p & in_q, log_q, 0.0)
     u = jnp.where(in_p | ~in_q, u, LOG_ZERO)
     terms = jnp.where(in_q, bregman_kl_term(u, jnp.exp(log_p), jnp.exp(log_q)), 0.0)
-    return jnp.where(jnp.any(in_p & ~in_q, axis=0), jnp.inf, total(terms)[0])
+    return jnp.where(any_output(in_p & ~in_q)[0], jnp.inf, total(terms)[0])

@@ -27,6 +27,7 @@ from jaxsim.instance import Instance, Masses
 from jaxsim.logspace import (
     LOG_ZERO,
     AnyArray,
+    any_output,
     bregman_kl_term,
     expm1_narrow,
     finite_log,
@@ -475,7 +476,7 @@ def objective_at(
     # Divided by the sum of π, which rounding keeps from being one: else that error is multiplied by
     # the size of the reward.
     gain = (total(policy * base.above_center) - beta * kl) / total(policy)
-    return jnp.where(jnp.any(used & ~base.support, axis=0), -jnp.inf, base.center + gain)
+    return jnp.where(any_output(used & ~base.support), -jnp.inf, base.center + gain)
 
 
 def log_optimum(x: Tilt, best: Optimum) -> Float[Array, " outputs *tile"]:

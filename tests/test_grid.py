@@ -62,6 +62,16 @@ def test_cumulants_of_the_three_output_example() -> None:
         assert float(grid.mean_aligned[at]) == pytest.approx(3, rel=1e-6)
 
 
+@pytest.mark.parametrize("alpha", [0.01, 0.5, 0.99])
+def test_components_at_opposite_ends(alpha: float) -> None:
+    """One exponential for both components would underflow for one of them, at one of the α."""
+    batch = Instance.from_probs([1.0, 0.0], [0.0, 1.0], [0.0, 60.0], alpha, 1.0)
+    grid = evaluate_grid(batch, [1.0])
+    assert float(grid.cumulant_aligned[0]) == pytest.approx(0, abs=1e-5)
+    assert float(grid.cumulant_unaligned[0]) == pytest.approx(60, rel=1e-6)
+    assert float(grid.log_odds_shift[0]) == pytest.approx(-60, rel=1e-6)
+
+
 def test_shapes_and_other_alphas() -> None:
     batch = jaxsim.sample_instances(jax.random.key(0), Family(outputs=5), 6)
     grid = evaluate_grid(batch, jnp.array([0.5, 2.0]))

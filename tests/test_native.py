@@ -158,6 +158,15 @@ def test_without_it_xla_evaluates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same_bits(found, lift.lift(tilting.evaluate)(batch))
 
 
+def test_built_anew_it_is_used_on() -> None:
+    """JAX takes a target's name once per process."""
+    batch = jaxsim.sample_instances(jax.random.key(7), Family(outputs=4), 20)
+    before = jaxsim.evaluate(batch)
+    native.build()
+    assert native.load()
+    assert same_bits(jaxsim.evaluate(batch), before)
+
+
 def test_a_failing_compiler_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,10 +53,10 @@ class Kernel {
  public:
   static constexpr int kLanes = 32 / sizeof(S);
 
-  // Where an input's element (instance, output) lies, and where results go.
+  // Inputs, [instances][outputs] if output_stride is 1, else [outputs][instances]; and results.
   struct Task {
     const S *log_a, *log_u, *reward, *logit, *beta;
-    int64_t outputs, instances, instance_stride, output_stride;
+    int64_t outputs, instances, output_stride;
     S* out[7];  // in the order of Evaluation
   };
 
@@ -158,14 +158,14 @@ class Kernel {
     return near ? one : shift + log(x);
   }
 
-  // A sum over outputs in levels of 16, so that its error grows as log n. `passed` runs over a block.
+  // N sums over outputs in levels of 16 terms, so that their error grows as log n.
   template <int N>
   struct Sums {
-    V block[N]{}, levels[5][N]{};
+    V levels[5][N]{};
     int64_t blocks = 0;
 
-    void close_block() {
-      for (int k = 0; k < N; ++k) levels[0][k] += block[k], block[k] = V{};
+    void add(const V* block) {
+      for (int k = 0; k < N; ++k) levels[0][k] += block[k];
       int64_t count = ++blocks;
       for (int level = 0; level < 4 && count % kRadix == 0; ++level, count /= kRadix)
         for (int k = 0; k < N; ++k) levels[level + 1][k] += levels[level][k], levels[level][k] = V{};
@@ -177,15 +177,15 @@ class Kernel {
     }
   };
 
+  // term(i, s) adds output i to s[0] … s[N - 1].
   template <int N, typename Term>
   Sums<N> sum(Term term) const {
     Sums<N> sums;
     for (int64_t begin = 0; begin < task_.outputs; begin += kRadix) {
-      const int64_t end = begin + kRadix < task_.outputs ? begin + kRadix : task_.outputs;
+      const int64_t end = std::min<int64_t>(begin + kRadix, task_.outputs);
       V block[N]{};
       for (int64_t i = begin; i < end; ++i) term(i, block);
-      for (int k = 0; k < N; ++k) sums.block[k] = block[k];
-      sums.close_block();
+      sums.add(block);
     }
     return sums;
   }
@@ -203,19 +203,19 @@ void Kernel<S>::load(int64_t first) {
   const int64_t n = task_.outputs;
   const int real = static_cast<int>(std::min<int64_t>(kLanes, task_.instances - first));
   for (int k = 0; k < 3; ++k) {
-    S* into = reinterpret_cast<S*>(column(k));
+    V* into = column(k);
     if (task_.output_stride == 1) {
       for (int l = 0; l < kLanes; ++l) {
         const S* row = inputs[k] + (first + std::min(l, real - 1)) * n;
-        for (int64_t i = 0; i < n; ++i) into[i * kLanes + l] = row[i];
+        for (int64_t i = 0; i < n; ++i) into[i][l] = row[i];
       }
     } else if (real == kLanes) {
       for (int64_t i = 0; i < n; ++i)
-        std::memcpy(into + i * kLanes, inputs[k] + i * task_.output_stride + first, sizeof(V));
+        std::memcpy(into + i, inputs[k] + i * task_.output_stride + first, sizeof(V));
     } else {
       for (int64_t i = 0; i < n; ++i)
         for (int l = 0; l < kLanes; ++l)
-          into[i * kLanes + l] = inputs[k][i * task_.output_stride + first + std::min(l, real - 1)];
+          into[i][l] = inputs[k][i * task_.output_stride + first + std::min(l, real - 1)];
     }
   }
 }
@@ -262,12 +262,9 @@ void Kernel<S>::group(int64_t first) {
   const I narrow = spread < all(1);
   const bool some_narrow = any(narrow), some_wide = any(~narrow);
   V peak_a = -infinity, peak_u = -infinity;
-  const auto above_center = [&](int64_t i) {
-    const I inside = most(log_a[i], log_u[i]) > log_zero;
-    return (inside ? reward[i] - center : V{}) / beta;
-  };
   for (int64_t i = 0; i < n; ++i) {
-    const V t = weight_a[i] = above_center(i);
+    const I inside = most(log_a[i], log_u[i]) > log_zero;
+    const V t = weight_a[i] = (inside ? reward[i] - center : V{}) / beta;
     peak_a = most(peak_a, log_a[i] + t);
     peak_u = most(peak_u, log_u[i] + t);
   }
@@ -391,14 +388,15 @@ ffi::Error evaluate(ffi::ThreadPool pool, bool outputs_first, ffi::Buffer<D> log
                     ffi::Buffer<D> beta, ffi::ResultBuffer<D> out) {
   using S = ffi::NativeType<D>;
   const auto shape = reward.dimensions();
+  if (shape.size() != 2) return ffi::Error::InvalidArgument("jaxsim evaluate: reward is no matrix");
   const int64_t instances = logit.element_count();
   const int64_t outputs = outputs_first ? shape.front() : shape.back();
-  if (shape.size() != 2 || outputs * instances != static_cast<int64_t>(reward.element_count()) ||
+  if ( outputs < 1 || outputs * instances != static_cast<int64_t>(reward.element_count()) ||
       out->element_count() != static_cast<size_t>(7 * instances))
     return ffi::Error::InvalidArgument("jaxsim evaluate: shapes do not agree");
   typename Kernel<S>::Task task{log_a.typed_data(), log_u.typed_data(), reward.typed_data(),
                                 logit.typed_data(), beta.typed_data(), outputs, instances,
-                                outputs_first ? 1 : outputs, outputs_first ? instances : 1, {}};
+                                outputs_first ? instances : 1, {}};
   for (int k = 0; k < 7; ++k) task.out[k] = out->typed_data() + k * instances;
   // Chunks of some 64k elements: long against the cost of handing one out.
   const int64_t lanes = Kernel<S>::kLanes;

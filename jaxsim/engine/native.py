@@ -68,12 +68,16 @@ def remove() -> bool:
 
 
 def _library() -> Path | None:
-    """Return where the kernel of this source, jaxlib and processor lies; None if nowhere safe."""
+    """Return where the kernel lies, built or not; None if nowhere safe."""
     folder = private_folder("native")
-    if folder is None:
-        return None
+    return None if folder is None else folder / f"{_name()}.so"
+
+
+@cache
+def _name() -> str:
+    """Name the kernel by its source, jaxlib and processor."""
     made_of = [_SOURCE.read_text(), *_COMPILE, jaxlib.__version__, platform.machine(), _processor()]
-    return folder / f"evaluate-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
+    return f"evaluate-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}"
 
 
 def _processor() -> str:
@@ -91,11 +95,21 @@ def load() -> bool:
     target = _library()
     if target is None or not target.is_file():
         return False
+    _register(_name(), target)
+    return True
+
+
+_registered: set[str] = set()  # JAX takes a name once per process
+
+
+def _register(name: str, target: Path) -> None:
+    if name in _registered:
+        return
     library = ctypes.CDLL(str(target))
     for dtype in ("float32", "float64"):
         handler = jax.ffi.pycapsule(getattr(library, f"jaxsim_evaluate_{dtype}"))
-        jax.ffi.register_ffi_target(f"jaxsim_evaluate_{dtype}", handler, platform="cpu")
-    return True
+        jax.ffi.register_ffi_target(f"jaxsim-{name}-{dtype}", handler, platform="cpu")
+    _registered.add(name)
 
 
 def where_built(
@@ -163,8 +177,7 @@ def _(axis_size: int, batched: list[Instance], batch: Instance) -> tuple[Array, 
 
 def _call(batch: Instance, *, outputs_first: bool) -> Array:
     dtype, num = batch.reward.dtype, batch.beta.shape[0]
-    call = jax.ffi.ffi_call(
-        f"jaxsim_evaluate_{dtype}", jax.ShapeDtypeStruct((len(_RESULTS), num), dtype)
-    )
+    target = f"jaxsim-{_name()}-{dtype}"
+    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((len(_RESULTS), num), dtype))
     arrays = (jnp.asarray(getattr(batch, name), dtype) for name in _FIELDS)
     return call(*arrays, outputs_first=outputs_first)

@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Int8
 
 from jaxsim.instance import Instance
-from jaxsim.logspace import LOG_ZERO, AnyArray, bits, stored_alike, unit_roundoff
+from jaxsim.logspace import LOG_ZERO, AnyArray, any_output, bits, stored_alike, unit_roundoff
 from jaxsim.rounding import EXP, LOG, LOG1P, QUOTIENT, sum_depth
 from jaxsim.theorem.verdict import Outcome, allowed, covariances, stored_equal, verdict
 from jaxsim.tilting import center, tilt
@@ -103,7 +103,7 @@ def conditions(instance: Instance) -> Conditions:
     excess, excess_off, excess_size = _running(steps, jnp.add)
     excess_off = excess_off + allowed(unit * (3 + scan_depth) * excess_size + flushed)
     fails_somewhere = (  # for β → 0 the highest level decides, for β → ∞ the means
-        jnp.any(inner & ~not_top & (survival < -survival_off), axis=0)
+        any_output(inner & ~not_top & (survival < -survival_off))[0]
         | (excess < -excess_off)[-1]
     )  # fmt: skip
 
@@ -117,9 +117,8 @@ def conditions(instance: Instance) -> Conditions:
         judged.conclusion,
     ]
     # A device may take subnormal rewards for equal ones: then nothing is certain but ties.
-    hidden = jnp.any(
-        (jnp.abs(base.reward) < jnp.finfo(dtype).tiny) & (bits(base.reward) != 0), axis=0
-    )
+    subnormal = (jnp.abs(base.reward) < jnp.finfo(dtype).tiny) & (bits(base.reward) != 0)
+    hidden = any_output(subnormal)[0]
     codes = [jnp.where(hidden, Outcome.UNDECIDED, code) for code in implied(found, jnp)]
     same = (stored_alike(base.reward, base.support) | stored_equal(base))[0]
     codes = [jnp.where(same, Outcome.TIE, code).astype(jnp.int8) for code in codes]
@@ -168,8 +167,8 @@ def safe_for_any_components(reward: Any) -> Any:
 
 def _rung(broken: Array, perhaps_broken: Array) -> Array:
     """Return the code of a condition from where it is broken, and where it may be."""
-    code = jnp.where(jnp.any(broken, axis=0), Outcome.FAILS, Outcome.UNDECIDED)
-    return jnp.where(jnp.any(perhaps_broken, axis=0), code, Outcome.HOLDS)
+    code = jnp.where(any_output(broken)[0], Outcome.FAILS, Outcome.UNDECIDED)
+    return jnp.where(any_output(perhaps_broken)[0], code, Outcome.HOLDS)
 
 
 def _running(x: Array, join: Any) -> Array:
