@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxsim.descent import Solution as Solution
     from jaxsim.descent import Status as Status
+    from jaxsim.descent import natural_gradient as natural_gradient
     from jaxsim.engine.lift import conditions as conditions
     from jaxsim.engine.lift import evaluate as evaluate
     from jaxsim.engine.lift import evaluate_grid as evaluate_grid
@@ -73,6 +74,7 @@ _HOME = {
     "find_counterexample": "engine.search",
     "kl_divergence": "logspace",
     "mixture_weights": "engine.lift",
+    "natural_gradient": "descent",
     "objective": "engine.lift",
     "optimal_policy": "engine.lift",
     "safe_for_any_components": "theorem.ladder",

@@ -6,7 +6,7 @@ X = h - E_π[h], KL(π‖p*) = log E_π[e^X] exactly, since p* ∝ π e^h.
 """
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import chex
@@ -14,10 +14,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int8, Int32
+from jaxtyping import Array, Bool, Float, Int8, Int32
 
 from jaxsim.instance import Instance
-from jaxsim.logspace import LOG_ZERO, AnyArray, bregman_kl_term, finite_log, kl_over_outputs, total
+from jaxsim.logspace import (
+    LOG_ZERO,
+    AnyArray,
+    bregman_kl_term,
+    finite_log,
+    first_where,
+    kl_over_outputs,
+    total,
+)
 from jaxsim.tilting import center, log_optimum, log_reference, optimum, tilt
 
 
@@ -28,6 +36,7 @@ class Status(enum.IntEnum):
     OUT_OF_STEPS = 1
     STUCK = 2
     NON_FINITE = 3
+    CONVERGED_IN_LOG_SPACE = 4
 
     @property
     def message(self) -> str:
@@ -40,7 +49,15 @@ _MESSAGES = {
     Status.OUT_OF_STEPS: "The steps ran out before the tolerance was met.",
     Status.STUCK: "The gradient is exactly zero away from the optimum: probabilities underflow.",
     Status.NON_FINITE: "A logit or the gradient became infinite or nan.",
+    Status.CONVERGED_IN_LOG_SPACE: "KL(policy‖p*) is within the tolerance, but the gradient of "
+    "eq. (1) stalled: damped natural-gradient steps in log space finished the descent.",
 }
+_RUNNING = -1  # a status inside the loop only
+
+# A descent by the default optimiser goes on in log space where it has not got closer for so many
+# steps, or has but so many left of at least ten times as many.
+_PATIENCE = 64
+_RESERVE = 64
 
 
 @jax.tree_util.register_dataclass
@@ -62,15 +79,35 @@ class Solution:
     steps: Int32[AnyArray, "..."]
     status: Int8[AnyArray, "..."]
 
+    @property
+    def converged(self) -> Bool[AnyArray, "..."]:
+        """Whether KL(π‖p*) is certified to be within the tolerance, by whatever steps."""
+        return (self.status == Status.CONVERGED) | (self.status == Status.CONVERGED_IN_LOG_SPACE)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What descent may see of an instance: the reference and the scaled rewards, not p*."""
+    """What descent may see of an instance: the reference, the scaled rewards and β, not p*."""
 
     log_p_ref: Array  # zero mass made finite
     t: Array  # (r - E_ref[r])/β
-    support: Array
+    beta: Array
+
+    @property
+    def support(self) -> Array:
+        """Where p_ref has mass."""
+        return self.log_p_ref > LOG_ZERO
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """What a descent that has ended leaves."""
+
+    logits: Array
+    steps: Array
+    status: Array
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +119,33 @@ class State:
     optimizer_state: Any
     steps: Array
     status: Array
-    kl: Array  # KL(π‖p*) by the certificate that needs no p*
+    kl: Array  # KL(π‖p*) by the certificate that needs no p*, at the last step that was looked at
+    least_kl: Array
+    since_least: Array  # steps
+    in_log_space: Array
+
+    @property
+    def ended(self) -> Ended:
+        """What it would leave if it ended here."""
+        return Ended(logits=self.logits, steps=self.steps, status=self.status)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How to descend.
+
+    Attributes:
+        optimizer: any of optax's.
+        max_steps: at most so many.
+        log_space: whether a descent that stalls goes on by natural-gradient steps of ½/β in log
+            space, which the underflow of a probability does not stop.
+        start: one of `STARTS`, or "given".
+    """
+
+    optimizer: optax.GradientTransformation
+    max_steps: int
+    log_space: bool
+    start: str
 
 
 def default_optimizer() -> optax.GradientTransformation:
@@ -96,29 +159,97 @@ def default_optimizer() -> optax.GradientTransformation:
     return optax.rprop(0.1, min_step_size=1e-9, max_step_size=2.0)
 
 
+def natural_gradient(
+    step: float, *, per_beta: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Return natural-gradient steps for a softmax policy (mirror descent), as an optax optimiser.
+
+    The Fisher metric of π = softmax(θ) is diag(π) - ππᵀ; g/π solves it, since the gradient g sums
+    to zero. On eq. (1) log(π/p*) shrinks by 1 - step·β each time: any 0 < step·β < 2 converges, and
+    step = 1/β reaches p* at once. That is the closed form in disguise.
+
+    Args:
+        step: the step in 1/reward, for the gradient of -L(π); `solve`, which descends on -L(π)/β,
+            passes it β. With `per_beta`, a multiple of each instance's 1/β.
+        per_beta: for use with `solve` alone.
+
+    Returns:
+        A transformation whose `update` needs the params (logits, outputs on the first axis).
+
+    Raises:
+        ValueError: for a step that is not a positive number.
+
+    Example:
+        >>> from jaxsim import Instance, natural_gradient, solve
+        >>> instance = Instance.from_probs([0., 1., 0.], [.5, 0., .5], [0., 3., 4.], .5, 2.)
+        >>> int(solve(instance, optimizer=natural_gradient(1 / 2.)).steps)
+        1
+    """
+    if not step > 0:
+        raise ValueError(f"step is {step}; expected a number > 0")
+
+    def update(
+        updates: Any, state: optax.OptState, params: Any = None, *, beta: Any = None, **_: Any
+    ) -> tuple[Any, optax.OptState]:
+        if params is None:
+            raise ValueError("natural_gradient: update needs the params, the policy's logits")
+        scale = step if per_beta or beta is None else step * beta
+
+        def precondition(gradient: Array, logits: Array) -> Array:
+            policy = jax.nn.softmax(logits, axis=0)
+            seen = policy > 0
+            return jnp.where(seen, -scale * gradient / jnp.where(seen, policy, 1.0), 0.0)
+
+        return jax.tree.map(precondition, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
 def problem(instance: Instance) -> Problem:
     """Return what descent may see."""
     base = center(instance)
     return Problem(
         log_p_ref=finite_log(log_reference(base)),
         t=base.above_center / instance.beta[None],
-        support=base.support,
+        beta=instance.beta,
     )
 
 
-def init(
-    task: Problem, optimizer: optax.GradientTransformation, tolerance: Float[Array, ""]
-) -> State:
-    """Return the start, π = p_ref, with an optimiser state for each instance."""
-    make = jax.vmap(optimizer.init, in_axes=-1, out_axes=-1)
-    kl = _kl_without_optimum(task.log_p_ref, task)
-    status = jnp.where(kl <= tolerance, Status.CONVERGED, Status.OUT_OF_STEPS)
+STARTS = "reference", "uniform", "worst"
+
+
+def starting_logits(start: str, task: Problem) -> Array:
+    """Return the logits of a start that is known by name: reference, uniform or worst.
+
+    The worst has all but e^-14, a millionth, of its mass on an output of the least reward.
+    """
+    if start == "reference":
+        return task.log_p_ref
+    if start == "uniform":
+        return jnp.where(task.support, 0.0, LOG_ZERO)
+    if start == "worst":
+        least = jnp.min(jnp.where(task.support, task.t, jnp.inf), axis=0, keepdims=True)
+        worst = first_where(task.support & (task.t == least))
+        return jnp.where(worst, 0.0, jnp.maximum(task.log_p_ref - 14.0, LOG_ZERO))
+    raise ValueError(f"start is {start!r}; expected one of {STARTS}")
+
+
+def init(task: Problem, logits: Array, method: Method) -> State:
+    """Return a state at some logits, with an optimiser state for each instance."""
+    make = method.optimizer.init
+    if logits.ndim > 1:
+        make = jax.vmap(make, in_axes=-1, out_axes=-1)
+    infinite = jnp.full_like(task.beta, jnp.inf)
+    zero = jnp.zeros_like(task.beta, jnp.int32)
     return State(
-        logits=task.log_p_ref,
-        optimizer_state=(make if kl.ndim else optimizer.init)(task.log_p_ref),
-        steps=jnp.zeros_like(kl, jnp.int32),
-        status=status.astype(jnp.int8),
-        kl=kl,
+        logits=logits,
+        optimizer_state=make(logits),
+        steps=zero,
+        status=jnp.full_like(task.beta, _RUNNING, jnp.int8),
+        kl=infinite,
+        least_kl=infinite,
+        since_least=zero,
+        in_log_space=jnp.zeros_like(task.beta, bool),
     )
 
 
@@ -129,20 +260,52 @@ def loss(logits: Float[Array, " outputs *tile"], task: Problem) -> Float[Array, 
     return -total(jnp.exp(log_policy) * advantage)[0]
 
 
-def advance(
-    state: State,
-    task: Problem,
-    optimizer: optax.GradientTransformation,
-    tolerance: Float[Array, ""],
-) -> State:
-    """Take one optimiser step on every instance whose descent has not ended."""
-    step = optax.with_extra_args_support(optimizer)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What one pass over a policy shows.
 
-    def total_loss(logits: Array) -> tuple[Array, Array]:
-        values = loss(logits, task)
-        return jnp.sum(values), values
+    Attributes:
+        value: the loss, nats.
+        gradient: its gradient in the logits, by `jax.grad`.
+        x: h - E_π[h], nats, with h = r/β - log(π/p_ref): what the natural gradient follows.
+        kl: KL(π‖p*) = log E_π[e^x].
+    """
 
-    (_, value), gradient = jax.value_and_grad(total_loss, has_aux=True)(state.logits)
+    value: Array
+    gradient: Array
+    x: Array
+    kl: Array
+
+
+def look(logits: Float[Array, " outputs *tile"], task: Problem) -> View:
+    """Look at a policy: eq. (1), its gradient, and how far the optimum is.
+
+    Eq. (1) does not mind a constant added to the rewards. Taking them, and log(π/p_ref), from their
+    means under the policy keeps the differences that are left near the optimum.
+    """
+
+    def total_loss(logits: Array) -> tuple[Array, Any]:
+        log_policy = jax.nn.log_softmax(logits, axis=0)
+        policy = jnp.exp(log_policy)
+        log_ratio = jnp.where(task.support, log_policy - task.log_p_ref, 0.0)
+        fixed = lax.stop_gradient(policy)
+        mean_t = total(fixed * task.t)
+        mean_ratio = total(fixed * lax.stop_gradient(log_ratio))
+        advantage = jnp.where(task.support, (task.t - mean_t) - (log_ratio - mean_ratio), 0.0)
+        value = -total(policy * advantage)
+        return jnp.sum(value), (log_policy, advantage, value, mean_ratio - mean_t)
+
+    gradient, seen = jax.grad(total_loss, has_aux=True)(logits)
+    log_policy, advantage, value, offset = lax.stop_gradient(seen)
+    x = jnp.where(task.support, advantage + value, 0.0)
+    return View(value=(value + offset)[0], gradient=gradient, x=x, kl=_log_mean_exp(log_policy, x))
+
+
+def advance(state: State, task: Problem, method: Method, tolerance: Float[Array, ""]) -> State:
+    """Look at every descent that has not ended; take one optimiser step unless it ends there."""
+    step = optax.with_extra_args_support(method.optimizer)
+    view = look(state.logits, task)
 
     def update(
         gradient: Array, optimizer_state: Any, logits: Array, value: Array, task: Problem
@@ -153,37 +316,56 @@ def advance(
             logits,
             value=value,
             grad=gradient,
-            value_fn=lambda logits: loss(logits, task),
+            # optax's line search passes what it does not know on to this.
+            value_fn=lambda logits, beta=None: loss(logits, task),
+            beta=task.beta,
         )
 
     each = jax.vmap(update, in_axes=-1, out_axes=-1) if state.kl.ndim else update
-    updates, optimizer_state = each(gradient, state.optimizer_state, state.logits, value, task)
+    updates, optimizer_state = each(
+        view.gradient, state.optimizer_state, state.logits, view.value, task
+    )
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, state.logits)
+    flat = jnp.max(jnp.abs(view.gradient), axis=0) == 0
+    closer = view.kl < state.least_kl
+    since_least = jnp.where(closer, 0, state.since_least + 1)
+    in_log_space = state.in_log_space
+    if method.log_space:
+        in_log_space |= flat | (since_least >= _PATIENCE)
+        if method.max_steps >= 10 * _RESERVE:
+            in_log_space |= state.steps >= method.max_steps - _RESERVE
+        updates = jnp.where(in_log_space[None], 0.5 * view.x, updates)
+        flat = jnp.zeros_like(flat)
     # Softmax ignores a common shift: keeping the largest logit at zero keeps the others precise.
     logits = state.logits + updates
     logits = jnp.where(task.support, logits - jnp.max(logits, axis=0, keepdims=True), LOG_ZERO)
     # Sums are finite just where all terms are, and plain reductions are fast.
-    finite = jnp.isfinite(jnp.sum(logits, axis=0) + jnp.sum(gradient, axis=0))
-    kl = _kl_without_optimum(logits, task)
-    flat = jnp.max(jnp.abs(gradient), axis=0) == 0
-    status = jnp.where(flat, Status.STUCK, Status.OUT_OF_STEPS)
-    status = jnp.where(kl <= tolerance, Status.CONVERGED, status)
-    stepped = State(
-        logits=jnp.where(finite, logits, state.logits),
+    finite = jnp.isfinite(view.kl + jnp.sum(logits, axis=0) + jnp.sum(view.gradient, axis=0))
+    done = jnp.where(state.in_log_space, int(Status.CONVERGED_IN_LOG_SPACE), int(Status.CONVERGED))
+    status = jnp.where(flat, int(Status.STUCK), _RUNNING)
+    status = jnp.where(state.steps >= method.max_steps, int(Status.OUT_OF_STEPS), status)
+    status = jnp.where(finite, status, int(Status.NON_FINITE))
+    status = jnp.where(view.kl <= tolerance, done, status).astype(jnp.int8)
+    moves = status == _RUNNING
+    looked = State(
+        logits=jnp.where(moves, logits, state.logits),
         optimizer_state=optimizer_state,
-        steps=state.steps + 1,
-        status=jnp.where(finite, status, Status.NON_FINITE).astype(jnp.int8),
-        kl=jnp.where(finite, kl, state.kl),
+        steps=state.steps + moves,
+        status=status,
+        kl=view.kl,
+        least_kl=jnp.where(closer, view.kl, state.least_kl),
+        since_least=since_least,
+        in_log_space=in_log_space,
     )
-    return jax.tree.map(lambda new, old: jnp.where(running(state), new, old), stepped, state)
+    return jax.tree.map(lambda new, old: jnp.where(running(state), new, old), looked, state)
 
 
 def running(state: State) -> Array:
     """Whether a descent has still to go on."""
-    return state.status == Status.OUT_OF_STEPS
+    return state.status == _RUNNING
 
 
-def certificate(state: State, instance: Instance, tolerance: Float[Array, ""]) -> Solution:
+def certificate(ended: Ended, instance: Instance, tolerance: Float[Array, ""]) -> Solution:
     """Compare with the closed form, for the first time: nothing is called converged that is not.
 
     The policy's derivative is that of the optimum by the implicit function theorem: where
@@ -193,28 +375,32 @@ def certificate(state: State, instance: Instance, tolerance: Float[Array, ""]) -
     x = tilt(base, instance.beta)
     moving = jnp.where(base.support, finite_log(log_reference(base)) + x.t, 0.0)
     log_policy = jax.nn.log_softmax(
-        lax.stop_gradient(state.logits) + (moving - lax.stop_gradient(moving)), axis=0
+        lax.stop_gradient(ended.logits) + (moving - lax.stop_gradient(moving)), axis=0
     )
     log_policy = jnp.where(base.support, log_policy, -jnp.inf)
     kl = kl_over_outputs(log_policy, log_optimum(x, optimum(x)))
-    refuted = (state.status == Status.CONVERGED) & ~(kl <= tolerance)
-    return Solution(
+    solution = Solution(
         log_policy=log_policy,
         gap=instance.beta * kl,
         kl=kl,
-        steps=state.steps,
-        status=jnp.where(refuted, Status.OUT_OF_STEPS, state.status).astype(jnp.int8),
+        steps=ended.steps,
+        status=ended.status,
     )
+    refuted = solution.converged & ~(kl <= tolerance)
+    status = jnp.where(refuted, int(Status.OUT_OF_STEPS), ended.status)
+    return replace(solution, status=status.astype(jnp.int8))
 
 
-def _kl_without_optimum(logits: Float[Array, " outputs *tile"], task: Problem) -> Array:
-    """Return KL(softmax(logits)‖p*) = log E_π[e^X], accurate to second order as it goes to zero.
+def _log_mean_exp(log_policy: Array, x: Array) -> Array:
+    """Return log E_π[e^x] for E_π[x] = 0, accurate to second order as it goes to zero.
 
-    E[X] = 0, so E[e^X] = 1 + E[e^X - 1 - X]: a sum of Bregman terms, none of them negative.
-    Infinite where e^X overflows, far from the optimum.
+    There it is log1p of E[e^x - 1 - x], a sum of Bregman terms, none of them negative. Far from it,
+    where e^x may overflow, about its largest term.
     """
-    log_policy = jax.nn.log_softmax(logits, axis=0)
-    policy = jnp.exp(log_policy)
-    advantage = jnp.where(task.support, task.t - (log_policy - task.log_p_ref), 0.0)
-    x = jnp.where(task.support, advantage - total(policy * advantage), 0.0)
-    return jnp.log1p(total(bregman_kl_term(-x, policy, jnp.exp(log_policy + x)))[0])
+    exponent = log_policy + x
+    top = jnp.max(exponent, axis=0, keepdims=True)
+    peak = jnp.where(top > 20.0, top, 0.0)
+    weight = jnp.exp(exponent - peak)
+    near = jnp.log1p(total(bregman_kl_term(-x, jnp.exp(log_policy), weight)))
+    far = peak + jnp.log(total(weight))
+    return jnp.where(peak > 0, far, near)[0]

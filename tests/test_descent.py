@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +26,8 @@ from jaxsim import (
     sample_instances,
     solve,
 )
-from jaxsim.descent import init, problem
-from jaxsim.engine import loop
+from jaxsim.descent import look, problem
+from jaxsim.engine import loop, mesh
 
 ROWS = 64
 FAMILIES = {
@@ -155,20 +156,32 @@ def test_rows_of_a_batch_equal_each_row_alone(dtype: str) -> None:
         assert apart <= 2 * np.sqrt(2 * tolerance) + 1e-6
 
 
-def test_batches_longer_than_a_tile_are_cut_and_joined_in_order(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    batch = draw("dirichlet", num=150)
-    monkeypatch.setattr(loop, "_TILE", ROWS)
+def test_bits_do_not_depend_on_how_a_batch_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another division, another slab, other neighbours in other lanes, another refilling."""
+    monkeypatch.setattr(loop, "block_size", lambda outputs: 64)
+    batch = draw("dirichlet", num=640)
     whole = solve(batch)
-    assert whole.kl.shape == (150,) and whole.log_policy.shape == (150, 8)
-    for start in (0, ROWS):
-        part = solve(jax.tree.map(lambda x, at=start: x[at : at + ROWS], batch))
-        for name, values in vars(part).items():
-            np.testing.assert_array_equal(getattr(whole, name)[start : start + ROWS], values)
-    last = jax.tree.map(lambda x: x[2 * ROWS :], batch)
-    kl = exact_kl(np.asarray(whole.log_policy[2 * ROWS :]), exact_log_policy(last))
+    assert whole.kl.shape == (640,) and whole.log_policy.shape == (640, 8)
+    assert np.all(whole.status == Status.CONVERGED)
+    assert len(np.unique(np.asarray(whole.steps))) > 20  # lanes end at different times
+    kl = exact_kl(np.asarray(whole.log_policy), exact_log_policy(batch))
     assert np.max(kl) <= 1.01e-6
+
+    def same(part: Solution, rows: slice) -> None:
+        for name, values in vars(part).items():
+            np.testing.assert_array_equal(np.asarray(getattr(whole, name))[rows], values)
+
+    for rows in (slice(0, 100), slice(100, 613), slice(613, 640), slice(None, None, -1)):
+        same(solve(jax.tree.map(lambda x, rows=rows: x[rows], batch)), rows)
+    monkeypatch.setattr(loop, "_SLAB", 1)
+    same(solve(batch), slice(None))
+    monkeypatch.setattr(loop, "_SLAB", 16)
+    monkeypatch.setattr(loop.os, "cpu_count", lambda: 1)
+    for refill in (1, 3, 64):
+        monkeypatch.setattr(loop, "_REFILL", refill)
+        jax.clear_caches()
+        mesh._compiled.cache_clear()
+        same(solve(batch), slice(None))
 
 
 @pytest.mark.parametrize(
@@ -212,15 +225,21 @@ def _hidden(first: float, second: float, dtype: str) -> Instance:
 
 
 @pytest.mark.parametrize("second", [-120.0, -100.0])
-@pytest.mark.parametrize(
-    ("optimizer", "steps"), [(None, 1000), (SGD, 2000), (ADAM, 2000)], ids=["rprop", "sgd", "adam"]
-)
+@pytest.mark.parametrize("optimizer", [SGD, ADAM, loop.DEFAULT_OPTIMIZER])
 def test_what_underflow_hides_is_stuck_not_converged(
-    second: float, optimizer: optax.GradientTransformation | None, steps: int
+    second: float, optimizer: optax.GradientTransformation
 ) -> None:
-    solution = solve(_hidden(0.0, second, "float32"), optimizer=optimizer, max_steps=steps)
-    assert int(solution.status) == Status.STUCK
+    solution = solve(_hidden(0.0, second, "float32"), optimizer=optimizer, max_steps=2000)
+    assert int(solution.status) == Status.STUCK and not bool(solution.converged)
     assert float(solution.kl) == pytest.approx(200 + second, rel=1e-4)
+
+
+@pytest.mark.parametrize("second", [-120.0, -100.0])
+def test_the_default_goes_on_in_log_space_and_says_so(second: float) -> None:
+    solution = solve(_hidden(0.0, second, "float32"))
+    assert int(solution.status) == Status.CONVERGED_IN_LOG_SPACE and bool(solution.converged)
+    assert float(solution.kl) <= 1e-6
+    np.testing.assert_allclose(np.exp(solution.log_policy[:2]), [0.0, 1.0], atol=1e-3)
 
 
 def test_a_tiny_gradient_is_no_proof(x64: None) -> None:
@@ -272,9 +291,7 @@ def test_the_certificate_is_the_divergence_to_high_accuracy(x64: None) -> None:
 
     @jax.jit
     def measure(logits: jax.Array) -> jax.Array:
-        # A start other than p_ref: p_ref moved by d, with t less d, has the same p*.
-        moved = replace(task, log_p_ref=logits, t=task.t - (logits - task.log_p_ref))
-        return init(moved, SGD, jnp.asarray(1e-6)).kl
+        return look(logits, task).kl
 
     for size in 10.0 ** np.arange(0.0, -6.5, -0.5):
         logits = log_softmax(log_optimum + size * direction)
@@ -307,13 +324,15 @@ def test_solve_under_jit_equals_solve() -> None:
     np.testing.assert_allclose(np.exp(plain.log_policy), np.exp(compiled.log_policy), atol=3e-3)
 
 
-def test_the_same_shapes_compile_once() -> None:
-    solve(draw("dirichlet"))
-    compiled = loop._solve_tile._cache_size()
-    assert compiled > 0
+def test_the_same_shapes_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh._compiled.cache_clear()
+    counted = chex.assert_max_traces(loop._solve_slab, n=1)
+    monkeypatch.setattr(loop, "_solve_slab", counted)
     for name in ("dirichlet", "zipf", "bounded"):
         solve(draw(name), tolerance=3e-6)
-    assert loop._solve_tile._cache_size() == compiled
+        solve(draw(name, num=ROWS // 2))
+    with pytest.raises(AssertionError, match="traced"):
+        solve(draw("zipf"), max_steps=7)
 
 
 @pytest.mark.parametrize("steps", [0, -3])

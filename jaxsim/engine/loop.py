@@ -1,18 +1,33 @@
-"""Drive the descent of `jaxsim.descent` over one instance or a batch, and record its course."""
+"""Drive the descent of `jaxsim.descent` over one instance or millions, and record its course.
 
+A batch is cut into slabs. Within a slab a fixed number of lanes descend side by side, in arrays
+that fit a core's cache; a lane whose descent has ended hands over its policy and takes the next
+instance of the slab. What a lane computes does not depend on its neighbours.
+"""
+
+import os
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxsim import descent
+from jaxsim.engine.mesh import on_all_devices
 from jaxsim.instance import Instance
+from jaxsim.logspace import finite_log, total, unit_roundoff
+from jaxsim.sources import block_size
+from jaxsim.tilting import center, tilt
 
-_TILE = 4096
+_SLAB = 16  # instances per lane, in a full slab
+_REFILL = 8  # one lane in so many has to wait before the waiting ones are refilled
+_WIDER = 64  # a GPU or TPU descends on so many times as many lanes as a core, whose cache is small
 _CAUTION = 0.9  # of the tolerance: lest rounding have the closed form refute the stopping rule
 DEFAULT_OPTIMIZER = descent.default_optimizer()  # one object, so that compiled loops are reused
 
@@ -23,23 +38,31 @@ def solve(
     optimizer: optax.GradientTransformation | None = None,
     max_steps: int = 1000,
     tolerance: float | None = None,
+    start: str | ArrayLike = "reference",
 ) -> descent.Solution:
-    """Optimise eq. (1) by gradient descent on the logits, from p_ref, without the closed form.
+    """Optimise eq. (1) by gradient descent on the logits, without the closed form.
 
     Args:
         instance: one instance, or a batch with one leading axis.
-        optimizer: any `optax.GradientTransformation`, also `optax.lbfgs()`; by default Rprop.
+        optimizer: any `optax.GradientTransformation`, also `optax.lbfgs()`. It descends on
+            -L(π)/β, in nats. By default Rprop, which goes on by natural-gradient steps in log
+            space where the gradient underflows or stalls; the status says where it did.
         max_steps: at most so many steps per instance.
         tolerance: stop once KL(π‖p*) ≤ tolerance, nats, by a certificate that does not need p*;
             by default 1e-6 in float32 and 1e-12 in float64.
+        start: the first policy: "reference" (p_ref), "uniform" (on its support), "worst" (nearly
+            all mass on an output of the least reward), or logits shaped as the rewards, finite on
+            the support; outside it they are ignored.
 
     Returns:
         A `Solution`; its `status` says, per instance, how it ended. An instance that does not
         converge raises nothing. Differentiable: the derivative of `log_policy` is that of the
-        optimum, by the implicit function theorem.
+        optimum, by the implicit function theorem. Bits do not depend on how a batch is divided, on
+        the number of devices, or on the order in which instances are finished.
 
     Raises:
-        ValueError: for max_steps < 1 or a tolerance that is not positive.
+        ValueError: for max_steps < 1, a tolerance that is not positive, or a start of an unknown
+            name or of another shape.
 
     Example:
         >>> from jaxsim import Instance, Status, solve
@@ -52,38 +75,13 @@ def solve(
         raise ValueError(f"max_steps is {max_steps}; expected at least 1")
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance is {tolerance}; expected a number > 0")
-    optimizer = DEFAULT_OPTIMIZER if optimizer is None else optimizer
     dtype = instance.reward.dtype
     target = jnp.asarray(tolerance or default_tolerance(dtype), dtype)
+    name, logits = _start(start, instance)
+    method = _method(optimizer, max_steps, name)
     if instance.reward.ndim == 1:
-        return _solve_tile(instance, target, optimizer, max_steps)
-    num = instance.reward.shape[0]
-    tiles = _tiles(instance, min(_TILE, num))
-    solved = [_solve_tile(tile, target, optimizer, max_steps) for tile in tiles]
-    return _joined(solved, num)
-
-
-@partial(jax.jit, static_argnums=1)
-def _tiles(instance: Instance, size: int) -> list[Instance]:
-    """Cut a batch into tiles [outputs, size], the last filled up with the last instance."""
-    num = instance.reward.shape[0]
-    fill = -num % size
-
-    def cut(x: Array) -> list[Array]:
-        padded = jnp.pad(x, [(0, fill)] + [(0, 0)] * (x.ndim - 1), mode="edge")
-        return [jnp.moveaxis(part, 0, -1) for part in jnp.split(padded, (num + fill) // size)]
-
-    leaves, structure = jax.tree.flatten(instance)
-    columns = zip(*(cut(leaf) for leaf in leaves), strict=True)
-    return [jax.tree.unflatten(structure, column) for column in columns]
-
-
-@partial(jax.jit, static_argnums=1)
-def _joined(solved: list[descent.Solution], num: int) -> descent.Solution:
-    """Put tiles of solutions together as a batch of `num`."""
-    return jax.tree.map(
-        lambda *parts: jnp.concatenate([jnp.moveaxis(p, -1, 0) for p in parts])[:num], *solved
-    )
+        return _solve_one(method, (instance, logits), target)
+    return _solve_batch(method, instance, logits, target)
 
 
 def default_tolerance(dtype: jnp.dtype) -> float:
@@ -91,44 +89,245 @@ def default_tolerance(dtype: jnp.dtype) -> float:
     return 1e-6 if jnp.finfo(dtype).bits <= 32 else 1e-12
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def _solve_tile(
-    instance: Instance, tolerance: Array, optimizer: optax.GradientTransformation, max_steps: int
-) -> descent.Solution:
-    """Run a tile until each instance has ended; those that have are left as they are."""
-    task = descent.problem(lax.stop_gradient(instance))
-    target = _CAUTION * tolerance
-
-    def unfinished(state: descent.State) -> Array:
-        return jnp.any(descent.running(state) & (state.steps < max_steps))
-
-    def step(state: descent.State) -> descent.State:
-        return descent.advance(state, task, optimizer, target)
-
-    state = lax.while_loop(unfinished, step, descent.init(task, optimizer, target))
-    return descent.certificate(state, instance, tolerance)
+def _method(
+    optimizer: optax.GradientTransformation | None, max_steps: int, start: str
+) -> descent.Method:
+    return descent.Method(
+        optimizer=DEFAULT_OPTIMIZER if optimizer is None else optimizer,
+        max_steps=max_steps,
+        log_space=optimizer is None,
+        start=start,
+    )
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def descent_trace(
-    instance: Instance, optimizer: optax.GradientTransformation, steps: int
-) -> Float[Array, "steps instances"]:
-    """Record KL(π‖p*) after each of `steps` steps on a tile, whether or not it has converged."""
+def _start(start: str | ArrayLike, instance: Instance) -> tuple[str, Array | None]:
+    """Return a start's name, and its logits where these are given."""
+    if isinstance(start, str):
+        if start not in descent.STARTS:
+            raise ValueError(
+                f"start is {start!r}; expected {', '.join(descent.STARTS)}, or an array of logits"
+            )
+        return start, None
+    logits = jnp.asarray(start, instance.reward.dtype)
+    if logits.shape != instance.reward.shape:
+        raise ValueError(
+            f"start has shape {logits.shape}; expected that of the rewards, {instance.reward.shape}"
+        )
+    return "given", logits
+
+
+def _begin(
+    start: str, given: tuple[Instance, Array | None]
+) -> tuple[descent.Problem, Float[Array, " outputs *tile"]]:
+    instance, logits = lax.stop_gradient(given)
     task = descent.problem(instance)
+    if logits is None:
+        return task, descent.starting_logits(start, task)
+    return task, jnp.where(task.support, logits, finite_log(jnp.full_like(logits, -jnp.inf)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _solve_one(
+    method: descent.Method,
+    given: tuple[Instance, Array | None],
+    tolerance: Array,
+) -> descent.Solution:
+    """Solve one instance, [outputs]."""
+    task, logits = _begin(method.start, given)
+    state = lax.while_loop(
+        descent.running,
+        lambda state: descent.advance(state, task, method, _CAUTION * tolerance),
+        descent.init(task, logits, method),
+    )
+    return descent.certificate(state.ended, given[0], tolerance)
+
+
+def _solve_batch(
+    method: descent.Method, instance: Instance, logits: Array | None, tolerance: Array
+) -> descent.Solution:
+    num, outputs = instance.reward.shape
+    lanes = block_size(outputs)
+    if jax.default_backend() != "cpu":
+        lanes *= _WIDER
+    # Two slabs per core where there is enough; a power of two of lanes' worth, so that few sizes
+    # are compiled.
+    share = num // (2 * (os.cpu_count() or 1) * lanes)
+    size = lanes * max(1, min(_SLAB, 1 << (share.bit_length() - 1) if share else 1))
+    given = instance, logits
+
+    def cut(x: Any, begin: int) -> Any:
+        part = x[begin : begin + size]
+        return np.pad(part, [(0, size - len(part))] + [(0, 0)] * (x.ndim - 1), mode="edge")
+
+    leaves = jax.tree.leaves(given)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in [*leaves, tolerance]):
+        fill = -num % size
+        slabs = jax.tree.map(
+            lambda x: jnp.pad(x, [(0, fill)] + [(0, 0)] * (x.ndim - 1), mode="edge").reshape(
+                -1, size, *x.shape[1:]
+            ),
+            given,
+        )
+        solved = lax.map(lambda slab: _solve_slab(method, lanes, slab, tolerance), slabs)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num], solved)
+    on_host = jax.tree.map(np.asarray, given)
+    slabs = (jax.tree.map(partial(cut, begin=begin), on_host) for begin in range(0, num, size))
+    parts = on_all_devices(_solve_slab, (method, lanes), slabs, tolerance)
+    return jax.tree.map(lambda *x: jnp.concatenate(x)[:num], *parts)
+
+
+def _solve_slab(
+    method: descent.Method,
+    lanes: int,
+    given: tuple[Instance, Array | None],
+    tolerance: Array,
+) -> descent.Solution:
+    """Solve a slab, [instances, outputs], on so many lanes."""
+    size = given[0].reward.shape[0]
+    task, logits = _begin(method.start, jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), given))
+    queue = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (task, logits))
+
+    def fetch(rows: Array) -> tuple[descent.Problem, Array]:
+        return jax.tree.map(lambda x: jnp.moveaxis(x[rows], 0, -1), queue)
+
+    def descend(at: _Lanes) -> _Lanes:
+        """Step until enough lanes wait to be refilled, or none is left that could be."""
+        enough = jnp.where(at.taken < size, lanes - lanes // _REFILL, 0)
+
+        def go_on(state: descent.State) -> Array:
+            return jnp.sum(descent.running(state).astype(jnp.float32)) > enough
+
+        def step(state: descent.State) -> descent.State:
+            return descent.advance(state, at.task, method, _CAUTION * tolerance)
+
+        return replace(at, state=lax.while_loop(go_on, step, at.state))
+
+    def refill(at: _Lanes) -> _Lanes:
+        """Take down what has ended, and put the next instances in its place."""
+        ended = ~descent.running(at.state)
+        place = jnp.where(ended, at.rows, size)  # beyond the end: dropped
+        done = jax.tree.map(
+            lambda all_, x: all_.at[place].set(jnp.moveaxis(x, -1, 0), mode="drop"),
+            at.done,
+            at.state.ended,
+        )
+        rows = at.taken + jnp.cumsum(ended.astype(jnp.int32)) - 1
+        fresh_task, fresh_logits = fetch(jnp.minimum(rows, size - 1))
+        fresh = descent.init(fresh_task, fresh_logits, method)
+        takes = ended & (rows < size)
+
+        def swap(new: Array, old: Array) -> Array:
+            return jnp.where(takes, new, old)
+
+        return _Lanes(
+            rows=jnp.where(ended, rows, at.rows),
+            taken=at.taken + jnp.sum(ended.astype(jnp.int32)),
+            task=jax.tree.map(swap, fresh_task, at.task),
+            state=jax.tree.map(swap, fresh, at.state),
+            done=done,
+        )
+
+    task, logits = fetch(jnp.arange(lanes))
+    first = _Lanes(
+        rows=jnp.arange(lanes),
+        taken=jnp.asarray(lanes),
+        task=task,
+        state=descent.init(task, logits, method),
+        done=descent.Ended(
+            logits=jnp.zeros_like(queue[1]),
+            steps=jnp.zeros(size, jnp.int32),
+            status=jnp.zeros(size, jnp.int8),
+        ),
+    )
+    last = lax.while_loop(
+        lambda at: jnp.any(descent.running(at.state)), lambda at: refill(descend(at)), first
+    )
+
+    def certify(part: tuple[Instance, descent.Ended]) -> descent.Solution:
+        instance, ended = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), part)
+        found = descent.certificate(ended, instance, tolerance)
+        return jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), found)
+
+    parts = jax.tree.map(lambda x: x.reshape(-1, lanes, *x.shape[1:]), (given[0], last.done))
+    return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), lax.map(certify, parts))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """The course of descents, [steps + 1, instances] each: the start first.
+
+    Attributes:
+        kl: KL(π‖p*), nats.
+        tpm_aligned: TPM(A; π) = E_π[α p_A/p_ref].
+        residual: L(p*) - L(π) - β KL(π‖p*), which is zero but for rounding, over
+            u (E_π|r - m| + β E_π|log(π/p_ref)| + |L(p*) - m|), m = E_ref[r], u the unit roundoff.
+    """
+
+    kl: Array
+    tpm_aligned: Array
+    residual: Array
+
+
+@partial(jax.jit, static_argnums=0)
+def _trace(method: descent.Method, instance: Instance) -> Trace:
+    """Record descents on a tile, [outputs, instances], whether or not they have converged."""
+    task, logits = _begin(method.start, (instance, None))
+    base = center(instance)
+    best = tilt(base, instance.beta).log_z_centered
+    shown = jnp.exp(
+        base.log_alpha + base.aligned.log_p - jnp.log(base.aligned.total) - task.log_p_ref
+    )
+    shown = jnp.where(base.support, shown, 0.0)
     never = jnp.asarray(-1.0, instance.reward.dtype)
 
-    def step(state: descent.State, _: None) -> tuple[descent.State, Array]:
-        state = descent.advance(state, task, optimizer, never)
-        return state, state.kl
+    def record(state: descent.State) -> Trace:
+        view = descent.look(state.logits, task)
+        log_policy = jax.nn.log_softmax(state.logits, axis=0)
+        policy = jnp.exp(log_policy)
+        moved = jnp.where(base.support, log_policy - task.log_p_ref, 0.0)
+        size = total(policy * (jnp.abs(task.t) + jnp.abs(moved))) + jnp.abs(best)
+        gap = (best[0] + view.value) - view.kl
+        return Trace(
+            kl=view.kl,
+            tpm_aligned=total(policy * shown)[0],
+            residual=gap / (unit_roundoff(gap.dtype) * size[0]),
+        )
 
-    return lax.scan(step, descent.init(task, optimizer, never), None, length=steps)[1]
+    def step(state: descent.State, _: None) -> tuple[descent.State, Trace]:
+        moved = descent.advance(state, task, method, never)
+        return moved, record(state)
+
+    first = descent.init(task, logits, method)
+    return lax.scan(step, first, None, length=method.max_steps)[1]
 
 
-def traces(instance: Instance, steps: int) -> dict[str, np.ndarray]:
-    """Record descent on a batch, by name of the optimiser; arrays [steps, instances]."""
-    tile = _tiles(instance, instance.reward.shape[0])[0]
-    optimizers = {"Rprop (default)": DEFAULT_OPTIMIZER}
-    return {
-        name: np.asarray(descent_trace(tile, optimizer, steps))
-        for name, optimizer in optimizers.items()
-    }
+def trace(
+    instance: Instance,
+    optimizer: optax.GradientTransformation | None,
+    steps: int,
+    start: str = "reference",
+) -> Trace:
+    """Record so many steps of descent on a batch; by default as `solve` descends by default."""
+    tile = jax.tree.map(lambda x: jnp.moveaxis(jnp.asarray(x), 0, -1), instance)
+    return jax.tree.map(np.asarray, _trace(_method(optimizer, steps + 1, start), tile))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class _Lanes:
+    """Descents side by side.
+
+    Attributes:
+        rows: which instance of the slab each lane descends on; beyond the slab: none.
+        taken: how many instances of the slab have been given to a lane.
+        task: what the lanes see, [outputs, lanes].
+        state: where they are.
+        done: of the instances whose descent has ended, [instances, …].
+    """
+
+    rows: Array
+    taken: Array
+    task: descent.Problem
+    state: descent.State
+    done: descent.Ended

@@ -15,7 +15,7 @@ from scipy.special import betaincinv
 
 from jaxsim import claims, shrink, sources
 from jaxsim.descent import Status
-from jaxsim.engine.loop import default_tolerance, solve, traces
+from jaxsim.engine.loop import default_tolerance, solve, trace
 from jaxsim.engine.simulate import survey
 from jaxsim.engine.stream import ClaimTotal, Totals, quantiles, stream
 from jaxsim.engine.table import per_instance
@@ -249,7 +249,7 @@ def _confirmation(
     worst = int(np.argmax(solution.kl))
     solved = {
         "tried": int(solution.kl.size),
-        "converged": int(np.sum(solution.status == Status.CONVERGED)),
+        "converged": int(np.sum(solution.converged)),
         "status": {s.name.lower(): int(np.sum(solution.status == s)) for s in Status},
         "tolerance": tolerance,
         "worst_kl": float(solution.kl[worst]),
@@ -263,13 +263,20 @@ def _confirmation(
 
 def _convergence(batch: Instance) -> dict[str, list[Any]]:
     """Return quantiles of KL(π‖p*) by optimiser and step, on the first instances of a batch."""
+    traced = jax.tree.map(lambda x: np.asarray(x)[:_TRACED], batch)
+    return convergence_columns({"Rprop (default)": trace(traced, None, _TRACE_STEPS).kl})
+
+
+def convergence_columns(kl_by_optimizer: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return quantiles of the least KL(π‖p*) so far, from KL as [steps + 1, instances].
+
+    `solve` stops at the first step that meets its tolerance; so does what is drawn.
+    """
     columns: dict[str, list[Any]] = {
         name: [] for name in ("optimizer", "step", "q05", "q50", "q95", "worst")
     }
-    traced = jax.tree.map(lambda x: np.asarray(x)[:_TRACED], batch)
-    for name, kl in traces(traced, _TRACE_STEPS).items():
-        # `solve` stops at the first step that meets its tolerance; so does what is drawn.
-        for step, row in enumerate(np.minimum.accumulate(kl, axis=0), start=1):
+    for name, kl in kl_by_optimizer.items():
+        for step, row in enumerate(np.fmin.accumulate(kl, axis=0)):
             q05, q50, q95 = np.quantile(row, [0.05, 0.5, 0.95], method="lower")
             values = (name, step, float(q05), float(q50), float(q95), float(row.max()))
             for key, value in zip(columns, values, strict=True):
