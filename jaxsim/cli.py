@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 import jaxsim
-from jaxsim.runs.config import DEFAULT_BETAS, RunConfig, load
+from jaxsim.runs.config import DEFAULT_BETAS, RunConfig, SolveConfig, load
 
 if TYPE_CHECKING:
+    from jaxsim.runs.directory import RunDirectory
     from jaxsim.runs.job import Report, Results
 
 BAD_INPUT = 2
@@ -64,6 +65,22 @@ class Evaluate:
     """The directory to write, which must be empty or absent."""
     no_figures: bool = False
     """Leave out the figures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solve:
+    """Optimise eq. (1) by gradient descent with several optimisers, and compare them.
+
+    Without arguments: 10,000 Dirichlet instances of 32 outputs, beta from 0.1 to 10.
+    """
+
+    config: Annotated[tyro.conf.Positional[Path | None], _shown_as("CONFIG.toml", "none")] = None
+    """A TOML file with any of the settings below; it comes before all options."""
+    out: Annotated[Path | None, _shown_as("DIR", _NEXT)] = None
+    """The directory to write, which must be empty or absent."""
+    no_figures: bool = False
+    """Leave out the figures."""
+    settings: Annotated[SolveConfig, tyro.conf.arg(name="")] = field(default_factory=SolveConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,15 +141,19 @@ def _user_input() -> Iterator[None]:
 
 
 def _parse(argv: list[str]) -> Any:
-    run = Run()
+    run, solve = Run(), Solve()
     with _user_input():
-        if argv[:1] == ["run"] and len(argv) > 1 and not argv[1].startswith("-"):
+        if argv[:1] in (["run"], ["solve"]) and len(argv) > 1 and not argv[1].startswith("-"):
             path = Path(argv[1])
             if not path.is_file():
                 raise FileNotFoundError(2, "there is no such configuration file", str(path))
-            run = Run(config=path, settings=load(path))
+            if argv[0] == "run":
+                run = Run(config=path, settings=load(path))
+            else:
+                solve = Solve(config=path, settings=load(path, SolveConfig))
         commands = (
             Annotated[Run, tyro.conf.subcommand("run", default=run)]
+            | Annotated[Solve, tyro.conf.subcommand("solve", default=solve)]
             | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
             | Annotated[Figures, tyro.conf.subcommand("figures")]
             | Annotated[Doctor, tyro.conf.subcommand("doctor")]
@@ -147,8 +168,12 @@ def _parse(argv: list[str]) -> Any:
                 description="Exact, vectorised simulation of what preference tuning does to an "
                 "output distribution.",
             )
-        if isinstance(command, Run) and command.config != run.config:
-            raise ValueError(f"{command.config}: the configuration file comes right after 'run'")
+        if isinstance(command, (Run, Solve)):
+            expected = run if isinstance(command, Run) else solve
+            if command.config != expected.config:
+                raise ValueError(
+                    f"{command.config}: the configuration file comes right after '{argv[0]}'"
+                )
         return command
 
 
@@ -182,6 +207,51 @@ def _evaluate(command: Evaluate, argv: list[str]) -> int:
     return _job(config, command.out, not command.no_figures, argv, own_beta=not command.beta)
 
 
+def _solve(command: Solve, argv: list[str]) -> int:
+    from jaxsim.runs import directory
+
+    config = command.settings
+    with _user_input():
+        target = _free_directory() if command.out is None else command.out
+        directory.refuse_if_used(target)
+
+    from jaxsim.runs import job, solving
+
+    _prepare(config.family.dtype)
+    with _user_input():
+        source = job.open_source(config)
+        if not config.betas and not getattr(source, "has_beta", True):
+            raise ValueError(f"{config.input}: there is no beta in it; give --betas")
+        place = directory.RunDirectory.create(target)
+    with _reporting() as report:
+        found = solving.compare(config, source, place, ["jaxsim", *argv], report)
+        _finish(place, not command.no_figures, report)
+    print(solving.markdown(found, by_beta=False))
+    print(f"Written to {target}")
+    return 0
+
+
+def _prepare(dtype: str) -> None:
+    """Set JAX up: compiled programs are kept, and 64 bits where they are asked for."""
+    import jax
+
+    from jaxsim.cache import keep_compiled
+
+    keep_compiled()
+    if dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+
+
+def _finish(place: "RunDirectory", figures: bool, report: "Report") -> None:
+    """Draw the figures and write the last file."""
+    if figures:
+        report.stage("drawing figures", 0)
+        from jaxsim.figures import draw_all
+
+        draw_all(place)
+    place.complete()
+
+
 def _job(
     config: RunConfig, out: Path | None, figures: bool, argv: list[str], own_beta: bool = False
 ) -> int:
@@ -193,15 +263,12 @@ def _job(
 
     import jax
 
-    from jaxsim.cache import keep_compiled
     from jaxsim.rounding import UNTRUSTED, is_trusted
     from jaxsim.runs import job
 
-    keep_compiled()
+    _prepare(config.family.dtype)
     if not is_trusted(jax.devices()[0].platform):
         print(f"jaxsim: {UNTRUSTED}", file=sys.stderr)
-    if config.family.dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
     with _user_input():
         source = job.open_source(config)
         if own_beta and not getattr(source, "has_beta", False):
@@ -209,12 +276,7 @@ def _job(
         place = directory.RunDirectory.create(target)
     with _reporting() as report:
         results = job.run(config, source, place, ["jaxsim", *argv], report)
-        if figures:
-            report.stage("drawing figures", 0)
-            from jaxsim.figures import draw_all
-
-            draw_all(place)
-        place.complete()
+        _finish(place, figures, report)
     _print_results(results, target)
     return 0
 
@@ -322,6 +384,7 @@ def _print_results(results: "Results", target: Path) -> None:
 
 _DO: dict[Any, Any] = {
     Run: _run,
+    Solve: _solve,
     Evaluate: _evaluate,
     Figures: _figures,
     Doctor: _doctor,

@@ -205,6 +205,24 @@ def natural_gradient(
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+def optimizers(max_steps: int) -> dict[str, optax.GradientTransformation | None]:
+    """Return optimisers to compare, by name: None for the default, with its steps in log space.
+
+    Args:
+        max_steps: over which schedules run out.
+    """
+    return {
+        "default": None,
+        "sgd": optax.sgd(1.0),
+        "momentum": optax.sgd(1.0, momentum=0.9, nesterov=True),
+        "adam": optax.adam(0.1),
+        "adam_cosine": optax.adam(optax.cosine_decay_schedule(0.3, max_steps)),
+        "lbfgs": optax.lbfgs(),
+        "natural_half": natural_gradient(0.5, per_beta=True),
+        "natural": natural_gradient(1.0, per_beta=True),
+    }
+
+
 def problem(instance: Instance) -> Problem:
     """Return what descent may see."""
     base = center(instance)

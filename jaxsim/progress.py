@@ -53,10 +53,10 @@ def bar() -> Iterator[Report]:
             clock.start(total, unit)
             progress.reset(task, description=name, total=total or None, rate="")
 
-        def step(done: int) -> None:
+        def step(done: int, note: str = "") -> None:
             _stop_if_interrupted()
             rate = clock.rate(done)
-            shown = f"{rate:,.0f} {clock.unit}/s" if rate else ""
+            shown = ", ".join([f"{rate:,.0f} {clock.unit}/s"] * bool(rate) + [note] * bool(note))
             progress.update(task, completed=done, rate=shown)
 
         yield Report(stage=stage, progress=step)
@@ -73,7 +73,7 @@ def lines() -> Iterator[Report]:
         last[0] = time.monotonic()
         print(f"{name}{f' {total:,} {unit}' if total else ''} …", file=sys.stderr, flush=True)
 
-    def step(done: int) -> None:
+    def step(done: int, note: str = "") -> None:
         _stop_if_interrupted()
         now = time.monotonic()
         if now - last[0] >= 2:
@@ -82,7 +82,7 @@ def lines() -> Iterator[Report]:
             rate = clock.rate(done)
             if rate:
                 text += f", {rate:,.3g} {clock.unit}/s, {(clock.total - done) / rate:.0f} s left"
-            print(text, file=sys.stderr, flush=True)
+            print(text + f", {note}" * bool(note), file=sys.stderr, flush=True)
 
     yield Report(stage=stage, progress=step)
 

@@ -261,7 +261,8 @@ class Trace:
         kl: KL(π‖p*), nats.
         tpm_aligned: TPM(A; π) = E_π[α p_A/p_ref].
         residual: L(p*) - L(π) - β KL(π‖p*), which is zero but for rounding, over
-            u (E_π|r - m| + β E_π|log(π/p_ref)| + |L(p*) - m|), m = E_ref[r], u the unit roundoff.
+            u (E|r - m| + β E|log π| + β E|log p_ref| + |L(p*) - m| + min(β, max r - min r)), where
+            E is E_π + E_p*, m = E_ref[r], and u the unit roundoff.
     """
 
     kl: Array
@@ -274,7 +275,9 @@ def _trace(method: descent.Method, instance: Instance) -> Trace:
     """Record descents on a tile, [outputs, instances], whether or not they have converged."""
     task, logits = _begin(method.start, (instance, None))
     base = center(instance)
-    best = tilt(base, instance.beta).log_z_centered
+    optimal = tilt(base, instance.beta)
+    best = optimal.log_z_centered
+    floor = jnp.abs(best) + jnp.minimum(optimal.spread, 1.0)
     shown = jnp.exp(
         base.log_alpha + base.aligned.log_p - jnp.log(base.aligned.total) - task.log_p_ref
     )
@@ -285,8 +288,13 @@ def _trace(method: descent.Method, instance: Instance) -> Trace:
         view = descent.look(state.logits, task)
         log_policy = jax.nn.log_softmax(state.logits, axis=0)
         policy = jnp.exp(log_policy)
-        moved = jnp.where(base.support, log_policy - task.log_p_ref, 0.0)
-        size = total(policy * (jnp.abs(task.t) + jnp.abs(moved))) + jnp.abs(best)
+        logs = jnp.where(base.support, jnp.abs(log_policy) + jnp.abs(task.log_p_ref), 0.0)
+        both = policy + jnp.exp(jnp.minimum(log_policy + view.x - view.kl[None], 0.0))
+        size = (
+            total(both * (jnp.abs(task.t) + logs))
+            + jnp.abs(best)
+            + jnp.minimum(optimal.spread, 1.0)
+        )
         gap = (best[0] + view.value) - view.kl
         return Trace(
             kl=view.kl,

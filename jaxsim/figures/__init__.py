@@ -15,7 +15,9 @@ from jaxsim.figures.atlas import atlas
 from jaxsim.figures.convergence import convergence
 from jaxsim.figures.counterexample import counterexample
 from jaxsim.figures.depth import depth
+from jaxsim.figures.descent_tpm import descent_tpm
 from jaxsim.figures.prompts import prompts
+from jaxsim.figures.steps_by_beta import steps_by_beta
 from jaxsim.figures.style import Columns, rendered
 from jaxsim.figures.tpm_by_beta import tpm_by_beta
 from jaxsim.figures.violations import violations
@@ -27,8 +29,10 @@ __all__ = [
     "convergence",
     "counterexample",
     "depth",
+    "descent_tpm",
     "draw_all",
     "prompts",
+    "steps_by_beta",
     "tpm_by_beta",
     "violations",
 ]
@@ -51,6 +55,11 @@ def _draw_counterexample(run: Run, columns: Columns) -> Figure | None:
     return counterexample(columns, facts) if facts else None
 
 
+def _draw_descent_tpm(run: Run, columns: Columns) -> Figure | None:
+    facts = run.read_json("solve.json")
+    return descent_tpm(columns, facts) if facts else None
+
+
 FIGURES: dict[str, Callable[[Run, Columns], Figure | None]] = {
     "tpm_by_beta": lambda _, columns: tpm_by_beta(columns),
     "alpha_to_tpm": lambda _, columns: alpha_to_tpm(columns),
@@ -60,6 +69,8 @@ FIGURES: dict[str, Callable[[Run, Columns], Figure | None]] = {
     "atlas": lambda _, columns: atlas(columns),
     "prompts": lambda _, columns: prompts(columns),
     "depth": lambda _, columns: depth(columns),
+    "steps_by_beta": lambda _, columns: steps_by_beta(columns),
+    "descent_tpm": _draw_descent_tpm,
 }
 """The figures by name; the data of each are the CSV file of that name."""
 

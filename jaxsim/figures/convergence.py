@@ -10,12 +10,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from jaxsim.figures.bands import OUTER, ordered, where
-from jaxsim.figures.labels import decade, name, number
-from jaxsim.figures.scales import decades, even_ticks, hide_labels, ticks
-from jaxsim.figures.style import ALIGNED, COLUMN, FAILING, INK, PAGE, Columns, key, panel, styled
+from jaxsim.figures.labels import decade, number
+from jaxsim.figures.multiples import Multiples
+from jaxsim.figures.scales import decades, even_ticks, ticks
+from jaxsim.figures.style import ALIGNED, FAILING, INK, Columns, styled
 
-_GAP = 0.18
-_LEFT, _RIGHT, _BOTTOM = 0.56, 0.16, 0.42
 _DOTTED, _DASHED = (0, (1, 1)), (0, (5, 2))
 
 
@@ -31,21 +30,18 @@ def convergence(columns: Columns, facts: Mapping[str, Any] | None = None) -> Fig
     """
     tolerance = (facts or {}).get("tolerance")
     optimizers = list(dict.fromkeys(columns["optimizer"]))
-    across = min(len(optimizers), 4)
-    down = math.ceil(len(optimizers) / across)
-    width = COLUMN if across == 1 else PAGE
-    wide = (width - _LEFT - _RIGHT - (across - 1) * _GAP) / across
-    tall = 1.9 if down == 1 else 1.4
-    top = 0.42 if across > 1 else 0.58  # the legend takes two lines over one panel
-    height = top + _BOTTOM + down * tall + (down - 1) * (_GAP + 0.14)
-    figure = Figure((width, height))
+    handles = [
+        Line2D([], [], color=ALIGNED, label="median instance"),
+        Patch(color=OUTER, linewidth=0, label="5–95% of instances"),
+        Line2D([], [], color=INK, linestyle=_DOTTED, label="worst instance"),
+    ]
+    if tolerance:
+        text = f"tolerance, {number(tolerance)} nats"
+        handles.append(Line2D([], [], color=FAILING, linestyle=_DASHED, linewidth=0.9, label=text))
+    sheet = Multiples(optimizers, keys=len(handles))
     scale = _Scale(columns, tolerance)
-    last = max(columns["step"])
-    first = min(columns["step"])
-    for at, optimizer in enumerate(optimizers):
-        row, column = divmod(at, across)
-        bottom = height - top - tall - row * (tall + _GAP + 0.14)
-        axes = panel(figure, _LEFT + column * (wide + _GAP), bottom, wide, tall)
+    first, last = min(columns["step"]), max(columns["step"])
+    for optimizer, axes in zip(optimizers, sheet.axes, strict=True):
         rows = ordered(where(columns, [o == optimizer for o in columns["optimizer"]]), "step")
         step, q05, q50, q95, worst = (
             rows["step"],
@@ -61,32 +57,7 @@ def convergence(columns: Columns, facts: Mapping[str, Any] | None = None) -> Fig
         axes.set_xlim((first, last) if last > first else (first - 0.5, first + 0.5))
         ticks(axes.xaxis, even_ticks(first, last, 4))
         scale.apply(axes)
-        if column:
-            hide_labels(axes.yaxis)
-        if at + across < len(optimizers):
-            hide_labels(axes.xaxis)
-        axes.set_title(name(optimizer, int(wide / 0.066)), pad=3)
-    middle = (_BOTTOM + height - top) / 2 / height
-    center = (_LEFT + width - _RIGHT) / 2 / width
-    figure.text(
-        0.04 / width,
-        middle,
-        "smallest KL(π ‖ p*) so far (nats)",
-        rotation=90,
-        va="center",
-        ha="left",
-    )
-    figure.text(center, 0.05 / height, "optimiser steps", va="bottom", ha="center")
-    handles = [
-        Line2D([], [], color=ALIGNED, label="median instance"),
-        Patch(color=OUTER, linewidth=0, label="5–95% of instances"),
-        Line2D([], [], color=INK, linestyle=_DOTTED, label="worst instance"),
-    ]
-    if tolerance:
-        text = f"tolerance, {number(tolerance)} nats"
-        handles.append(Line2D([], [], color=FAILING, linestyle=_DASHED, linewidth=0.9, label=text))
-    key(figure, _LEFT, 0.06, handles, ncols=2 if across == 1 else 4)
-    return figure
+    return sheet.finish("optimiser steps", "smallest KL(π ‖ p*) so far (nats)", handles)
 
 
 class _Scale:

@@ -9,11 +9,11 @@ import json
 import math
 import tomllib
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from jaxsim.families.spec import Family
+from jaxsim.families.spec import Family, Scalar
 
 DEFAULT_BETAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
@@ -51,10 +51,7 @@ class RunConfig:
             "confirm": (0, 10**7),
             "atlas": (0, 10**9),
         }
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} is {value}; expected {low} to {high}")
+        _check_limits(self, limits)
         if self.input:
             for name in ("instances", "family"):
                 value, default = getattr(self, name), getattr(RunConfig, name, None)
@@ -62,16 +59,80 @@ class RunConfig:
                     default = Family(dtype=value.dtype)
                 if value != default:
                     raise ValueError(f"{name} is set, but the input {self.input!r} settles it")
-        for at, beta in enumerate(self.betas):
-            if not 0 < beta < math.inf:
-                raise ValueError(f"betas[{at}] is {beta}; expected a finite number > 0")
+        _check_betas(self.betas)
         for at, outputs in enumerate(self.atlas_outputs):
             if not 2 <= outputs <= 4096:
                 raise ValueError(f"atlas_outputs[{at}] is {outputs}; expected 2 to 4096")
 
 
-def load(path: Path) -> RunConfig:
-    """Read a configuration from a TOML file.
+_OptimizerName = Literal[
+    "default", "sgd", "momentum", "adam", "adam_cosine", "lbfgs", "natural_half", "natural"
+]
+OPTIMIZERS: tuple[_OptimizerName, ...] = get_args(_OptimizerName)
+_SOLVED = Family(beta=Scalar(kind="log_uniform", low=0.1, high=10.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveConfig:
+    """What `jaxsim solve` computes. Every setting is a key of the TOML file and an option."""
+
+    seed: int = 0
+    """Seed of all random draws."""
+    instances: int = 10_000
+    """Number of instances drawn from the family, or at most so many of the input."""
+    betas: tuple[float, ...] = ()
+    """Instances take these in turn; empty: each its own beta."""
+    input: str = ""
+    """A file of instances (.npz or .parquet), or a built-in data set (ngram), instead of the
+    family."""
+    reward: str = "reward"
+    """Which array of the input is the reward."""
+    family: Family = _SOLVED
+    optimizers: tuple[_OptimizerName, ...] = OPTIMIZERS
+    """Which optimisers descend."""
+    max_steps: int = 1000
+    """At most so many steps for an instance."""
+    tolerance: float = 0.0
+    """KL(policy‖p*) at which an instance is done, nats; 0: 1e-6 in float32, 1e-12 in float64."""
+    start: Literal["reference", "uniform", "worst"] = "reference"
+    """The first policy: p_ref, uniform, or nearly all mass on an output of the least reward."""
+    traced: int = 256
+    """How many instances' courses are recorded, for the figures."""
+    trace_steps: int = 200
+    """How many steps of them."""
+
+    def __post_init__(self) -> None:
+        limits = {
+            "seed": (0, 2**32 - 1),
+            "instances": (1, 10**7),
+            "max_steps": (1, 10**6),
+            "tolerance": (0, 1),
+            "traced": (1, 4096),
+            "trace_steps": (1, 10_000),
+        }
+        _check_limits(self, limits)
+        if not self.optimizers:
+            raise ValueError("optimizers is empty; expected at least one name")
+        if self.input and self.family != replace(_SOLVED, dtype=self.family.dtype):
+            raise ValueError(f"family is set, but the input {self.input!r} settles it")
+        _check_betas(self.betas)
+
+
+def _check_limits(config: Any, limits: dict[str, tuple[int, int]]) -> None:
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}; expected {low} to {high}")
+
+
+def _check_betas(betas: tuple[float, ...]) -> None:
+    for at, beta in enumerate(betas):
+        if not 0 < beta < math.inf:
+            raise ValueError(f"betas[{at}] is {beta}; expected a finite number > 0")
+
+
+def load(path: Path, kind: type[Any] = RunConfig) -> Any:
+    """Read a configuration, a `RunConfig` or one of another kind, from a TOML file.
 
     Raises:
         ValueError: naming the file and the key, for anything that is not a setting.
@@ -82,7 +143,7 @@ def load(path: Path) -> RunConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from None
     try:
-        return from_dict(RunConfig, table)
+        return from_dict(kind, table)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -23,7 +23,7 @@ from jaxsim.engine.tiles import require_dtype
 from jaxsim.families.counter import key_words
 from jaxsim.families.spec import Scalar
 from jaxsim.instance import Instance
-from jaxsim.runs.config import RunConfig, to_toml
+from jaxsim.runs.config import RunConfig, SolveConfig, to_toml
 from jaxsim.runs.directory import RunDirectory
 
 LEVELS = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
@@ -36,7 +36,7 @@ class Report:
     """Where a run tells how far it is: nothing by default."""
 
     stage: Callable[..., None] = lambda name, total, unit="instances": None
-    progress: Callable[[int], None] = lambda done: None
+    progress: Callable[..., None] = lambda done, note="": None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Results:
     solve: dict[str, Any] = field(default_factory=dict)
 
 
-def open_source(config: RunConfig) -> sources.Source:
+def open_source(config: RunConfig | SolveConfig) -> sources.Source:
     """Return the family, or the file, that a configuration names.
 
     Raises:
@@ -143,20 +143,26 @@ def run(
 
     results = Results(totals=totals, rows=rows, tables=tables, solve=solved)
     _write(directory, results)
-    finished = time.time()
     directory.write_json(
         "provenance.json",
-        {
-            "argv": argv,
-            "versions": versions(),
-            "devices": [str(d) for d in jax.devices()],
-            "started_unix": started,
+        provenance(argv, started)
+        | {
             "seconds_evaluating": evaluated - started,
-            "seconds": finished - started,
             "instances_per_second": source.num / (evaluated - started),
         },
     )
     return results
+
+
+def provenance(argv: list[str], started: float) -> dict[str, Any]:
+    """Return what a run was made by: command, versions, devices, times since the epoch."""
+    return {
+        "argv": argv,
+        "versions": versions(),
+        "devices": [str(d) for d in jax.devices()],
+        "started_unix": started,
+        "seconds": time.time() - started,
+    }
 
 
 def versions() -> dict[str, str]:
