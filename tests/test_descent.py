@@ -21,10 +21,12 @@ from jaxsim import (
     Scalar,
     Solution,
     Status,
+    natural_gradient,
     objective,
     optimal_policy,
     sample_instances,
     solve,
+    tpm,
 )
 from jaxsim.descent import look, problem
 from jaxsim.engine import loop, mesh
@@ -106,7 +108,9 @@ def exact_kl(log_policy: np.ndarray, log_optimum: np.ndarray) -> np.ndarray:
     log_pi = log_softmax(np.asarray(log_policy, np.float64))
     u = np.where(inside, log_pi, 0) - np.where(inside, log_optimum, 0)
     q = np.where(inside, np.exp(log_optimum), 0.0)
-    return np.sum(q * (u * np.exp(u) - np.expm1(u)), axis=-1)
+    near = np.minimum(u, 1.0)  # elsewhere p u - p + q, lest e^u overflow
+    far = np.exp(log_pi, where=inside, out=np.zeros_like(log_pi)) * (u - 1) + q
+    return np.sum(np.where(u > 1, far, q * (near * np.exp(near) - np.expm1(near))), axis=-1)
 
 
 def row(instance: Instance, at: int) -> Instance:
@@ -252,6 +256,200 @@ def test_a_tiny_gradient_is_no_proof(x64: None) -> None:
 def test_the_default_optimizer_finds_what_float64_can_see(x64: None) -> None:
     solution = solve(_hidden(0.0, -100.0, "float64"))
     assert int(solution.status) == Status.CONVERGED
+
+
+# r/β up to 1e4, β down to 0.02, masses far below e^-120.
+HARD = {
+    "small beta": Family(outputs=8, beta=Scalar(kind="log_uniform", low=0.02, high=0.1)),
+    "large rewards": Family(
+        outputs=8, reward=Rewards(scale=60.0), beta=Scalar(kind="fixed", value=0.02)
+    ),
+    "tiny masses": Family(
+        outputs=8,
+        components=Components(concentration_aligned=0.01, concentration_unaligned=0.01),
+        reward=Rewards(scale=60.0),
+        beta=Scalar(kind="fixed", value=0.02),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_the_default_converges_where_probabilities_underflow(name: str, dtype: str) -> None:
+    family = replace(HARD[name], dtype=dtype)
+    batch = sample_instances(jax.random.key(5), family, 512)
+    solution = solve(batch)
+    tolerance = loop.default_tolerance(np.dtype(dtype))
+    assert np.all(solution.converged)
+    kl = exact_kl(np.asarray(solution.log_policy), exact_log_policy(batch))
+    if dtype == "float64":
+        assert np.max(kl) <= 1.01 * tolerance
+    else:
+        # r/β = 1e4 itself is rounded by 1e-3 in float32: as far as that moves p*, no further.
+        assert np.max(kl) <= tolerance + (1e-5 if "small" not in name else 1e-6)
+    if name == "tiny masses" and dtype == "float32":
+        assert np.sum(solution.status == Status.CONVERGED_IN_LOG_SPACE) > 1
+        alone = solve(batch, optimizer=loop.DEFAULT_OPTIMIZER)
+        assert np.any(~alone.converged)
+        assert np.all(alone.kl[~np.asarray(alone.converged)] > tolerance)
+
+
+STARTS = ["reference", "uniform", "worst"]
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("name", ["dirichlet", "sparse", "disjoint"])
+def test_every_start_leads_to_the_optimum(name: str, start: str, dtype: str) -> None:
+    batch = draw(name, dtype)
+    solution = solve(batch, start=start)
+    assert np.all(solution.status == Status.CONVERGED)
+    kl = exact_kl(np.asarray(solution.log_policy), exact_log_policy(batch))
+    assert np.max(kl) <= 1.01 * loop.default_tolerance(np.dtype(dtype))
+
+
+def test_starts_are_what_they_say() -> None:
+    still = optax.sgd(1e-30)
+    batch = draw("sparse")
+    first = {
+        s: np.exp(solve(batch, optimizer=still, max_steps=1, start=s).log_policy) for s in STARTS
+    }
+    support = np.exp(exact_log_policy(batch)) > 0
+    uniform = support / support.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(first["uniform"], uniform, 1e-5)
+    reference = replace(batch, beta=jnp.full_like(batch.beta, 1e12))
+    np.testing.assert_allclose(
+        first["reference"], np.exp(exact_log_policy(reference)), rtol=1e-5, atol=1e-30
+    )
+    least = np.min(np.where(support, batch.reward, np.inf), axis=1)
+    on_worst = np.where(np.asarray(batch.reward) == least[:, None], first["worst"], 0).sum(axis=1)
+    np.testing.assert_allclose(on_worst, 1 - np.exp(-14), atol=1e-6)
+    assert np.all((first["worst"] > 0) == support)
+
+
+def test_a_start_given_as_logits() -> None:
+    batch = draw("sparse")
+    logits = np.random.default_rng(2).normal(size=batch.reward.shape).astype(np.float32) * 5
+    logits[np.asarray(exact_log_policy(batch)) == -np.inf] = np.nan  # ignored there
+    first = solve(batch, optimizer=optax.sgd(1e-30), max_steps=1, start=logits)
+    expected = log_softmax(np.where(np.isfinite(exact_log_policy(batch)), logits, -np.inf))
+    np.testing.assert_allclose(first.log_policy, expected, rtol=1e-5, atol=1e-5)
+    assert np.all(solve(batch, start=logits).status == Status.CONVERGED)
+    alone = solve(row(batch, 3), start=logits[3])
+    assert int(alone.status) == Status.CONVERGED
+    with pytest.raises(ValueError, match=r"start has shape \(8,\); expected .* \(64, 8\)"):
+        solve(batch, start=logits[0])
+    with pytest.raises(ValueError, match="start is 'best'; expected reference, uniform, worst"):
+        solve(batch, start="best")
+
+
+def test_the_natural_gradient_reaches_the_optimum_in_one_step(x64: None) -> None:
+    """Step 1/β: log π + (r/β - log π/p_ref) = log p_ref + r/β, whatever π is."""
+    batch = draw("zipf", "float64")
+    for start in ("reference", "uniform"):
+        solution = solve(batch, optimizer=natural_gradient(1.0, per_beta=True), start=start)
+        assert np.all(solution.steps == 1) and np.all(solution.status == Status.CONVERGED)
+        assert np.max(exact_kl(np.asarray(solution.log_policy), exact_log_policy(batch))) < 1e-20
+    same = replace(batch, beta=jnp.full_like(batch.beta, 0.4))
+    solution = solve(same, optimizer=natural_gradient(1 / 0.4))
+    assert np.all(solution.steps == 1)
+    assert np.max(exact_kl(np.asarray(solution.log_policy), exact_log_policy(same))) < 1e-20
+
+
+@pytest.mark.parametrize("step", [0.5, 1.5])
+def test_the_natural_gradient_contracts_the_log_ratio(step: float, x64: None) -> None:
+    """Log(π/p*), up to a constant, shrinks by 1 - ηβ in each step, for 0 < ηβ < 2."""
+    batch = draw("dirichlet", "float64")
+    optimizer = natural_gradient(step, per_beta=True)
+    best = exact_log_policy(batch)
+
+    def error(steps: int) -> np.ndarray:
+        at = np.asarray(
+            solve(batch, optimizer=optimizer, max_steps=steps, tolerance=1e-300).log_policy
+        )
+        return (at - best) - (at - best)[:, :1]
+
+    np.testing.assert_allclose(error(4), (1 - step) ** 3 * error(1), atol=1e-12)
+
+
+def test_too_long_natural_steps_diverge() -> None:
+    solution = solve(draw("dirichlet"), optimizer=natural_gradient(2.5, per_beta=True))
+    assert not np.any(solution.converged)
+
+
+def test_the_natural_gradient_in_a_loop_of_ones_own(x64: None) -> None:
+    """For the gradient of -L(π), in units of reward, step 1/β too."""
+    instance = one([0.1, 0.2, 0.7], [0.6, 0.3, 0.1], [0.0, 1.0, 0.5], 0.4, 0.7, "float64")
+    instance = jax.tree.map(lambda x: x[..., :3] if x.ndim else x, instance)
+    optimizer = natural_gradient(1 / 0.7)
+    logits = jnp.log(jnp.array([0.2, 0.3, 0.5]))
+    gradient = jax.grad(lambda x: -objective(jax.nn.log_softmax(x), instance))(logits)
+    updates, _ = optimizer.update(gradient, optimizer.init(logits), logits)
+    moved = jax.nn.softmax(optax.apply_updates(logits, updates))
+    np.testing.assert_allclose(moved, np.exp(exact_log_policy(instance)), rtol=1e-12)
+    with pytest.raises(ValueError, match="needs the params"):
+        optimizer.update(gradient, optimizer.init(logits))
+
+
+@pytest.mark.parametrize("step", [0.0, -1.0, float("nan")])
+def test_a_bad_natural_step(step: float) -> None:
+    with pytest.raises(ValueError, match="step is"):
+        natural_gradient(step)
+
+
+def test_the_gradient_is_that_of_finite_differences(x64: None) -> None:
+    """Of -L(π)/β written out in NumPy, where `look` takes rewards from their mean."""
+    instance = row(draw("dirichlet", "float64"), 5)
+    best, beta = exact_log_policy(instance), float(instance.beta)
+    log_ref = exact_log_policy(replace(instance, beta=jnp.asarray(1e300)))
+    logits = np.random.default_rng(4).normal(size=8)
+
+    def minus_l(logits: np.ndarray) -> float:
+        log_pi = log_softmax(logits)
+        pi = np.exp(log_pi)
+        return -float(pi @ np.asarray(instance.reward) - beta * pi @ (log_pi - log_ref)) / beta
+
+    expected = []
+    for at in range(8):
+        h = np.eye(8)[at] * 1e-6
+        expected.append((minus_l(logits + h) - minus_l(logits - h)) / 2e-6)
+    view = look(jnp.asarray(logits), problem(instance))
+    np.testing.assert_allclose(view.gradient, expected, atol=1e-9)
+    assert np.max(np.abs(expected)) > 1e-2
+    assert float(view.kl) == pytest.approx(exact_kl(log_softmax(logits), best), rel=1e-10)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *HARD])
+def test_the_gap_identity_holds_at_every_step(name: str, dtype: str) -> None:
+    """L(p*) - L(π) = β KL(π‖p*), to within 16 units of rounding of what it is added up from."""
+    if name in FAMILIES:
+        batch = draw(name, dtype)
+    else:
+        batch = sample_instances(jax.random.key(5), replace(HARD[name], dtype=dtype), ROWS)
+    course = loop.trace(batch, None, 60)
+    assert course.residual.shape == (61, ROWS) and np.all(np.isfinite(course.residual))
+    assert np.max(np.abs(course.residual)) <= 16
+    assert np.max(np.abs(course.residual)) > 0.01  # it is not identically zero
+
+
+def test_a_trace_shows_the_policies_of_solve(x64: None) -> None:
+    batch = draw("dirichlet", "float64")
+    course = loop.trace(batch, ADAM, 12)
+    for steps in (1, 7, 12):
+        at = np.asarray(solve(batch, optimizer=ADAM, max_steps=steps, tolerance=1e-300).log_policy)
+        kl = exact_kl(at, exact_log_policy(batch))
+        np.testing.assert_allclose(course.kl[steps], kl, rtol=1e-9)
+        np.testing.assert_allclose(
+            course.tpm_aligned[steps], tpm(jnp.asarray(at), batch), rtol=1e-9
+        )
+    np.testing.assert_allclose(course.tpm_aligned[0], jax.nn.sigmoid(batch.logit_alpha), rtol=1e-9)
+
+
+def test_tpm_may_turn_on_the_way(x64: None) -> None:
+    """First-order dominance keeps TPM(A) ≥ α at every β, and yet the way there is not monotone."""
+    r, p_u, p_a = [0.0, 1.0, 10.0], [0.5, 0.0, 0.5], [0.0, 0.5, 0.5]
+    instance = jax.tree.map(lambda x: x[None], one(p_a, p_u, r, 0.5, 0.5, "float64"))
+    course = loop.trace(instance, natural_gradient(0.02, per_beta=True), 200).tpm_aligned[:, 0]
+    assert np.all(course >= 0.5 - 1e-12) and np.max(course) > course[-1] + 0.005
+    assert course[0] == pytest.approx(0.5)
 
 
 def test_an_optimal_start_takes_no_step(dtype: str) -> None:

@@ -72,6 +72,34 @@ def descent(optimizers: list[Any], steps: list[float], worst: float = 1.0) -> Co
     )
 
 
+def steps(optimizers: list[Any], betas: list[float], taken: float = 40.0) -> Columns:
+    which = [o for o in optimizers for _ in betas]
+    return table(
+        len(which),
+        optimizer=which,
+        beta=betas * len(optimizers),
+        certified=0.0 if math.isnan(taken) else 0.9,
+        q05=taken,
+        q50=taken,
+        q95=10 * taken,
+    )
+
+
+def courses(optimizers: list[Any], last_kl: float) -> Columns:
+    """TPM(A) that overshoots."""
+    which = [o for o in optimizers for _ in range(4)]
+    return table(
+        len(which),
+        optimizer=which,
+        step=[0.0, 1.0, 2.0, 3.0] * len(optimizers),
+        tpm_aligned=[0.3, 0.6, 0.45, 0.5] * len(optimizers),
+        kl=[1.0, 0.1, 1e-3, last_kl] * len(optimizers),
+    )
+
+
+SOLVED = {"tolerance": 1e-6, "shown_name": "instance 7", "shown_beta": 0.5}
+
+
 def outputs(count: int, label: str = "yes") -> Columns:
     """Components that put weight on even and on odd outputs."""
     even = [1.0 * (i % 2 == 0) for i in range(count)]
@@ -179,6 +207,14 @@ SMALL: dict[str, tuple[Callable[[], Figure], set[str]]] = {
         lambda: figures.depth(depths([3.0, 32.0])),
         {"n = 3", "n = 32"},
     ),
+    "steps_by_beta": (
+        lambda: figures.steps_by_beta(steps(["adam", "other"], BETAS)),
+        {BETA_LABEL, "steps", "adam", "other", "share certified (right)"},
+    ),
+    "descent_tpm": (
+        lambda: figures.descent_tpm(courses(["adam", "other"], 1e-7), SOLVED),
+        {"optimiser steps (instance 7, β = 0.5)", "TPM(A) (probability mass)", "adam", "of p*"},
+    ),
     "prompts": (
         lambda: figures.prompts(shifts(3, BETAS)),
         {BETA_LABEL, "log-odds shift Δ (nats)", "hypotheses hold, yet Δ < 0 (1)", "prompt 0"},
@@ -264,6 +300,12 @@ def test_many_outputs_share_a_row() -> None:
         pytest.param(
             lambda: figures.convergence(descent(list("abcde"), [0.0, 1.0], math.inf)), id="infinite"
         ),
+        pytest.param(lambda: figures.steps_by_beta(steps(["a"], [1.0])), id="steps-one-beta"),
+        pytest.param(
+            lambda: figures.steps_by_beta(steps(list("abcde"), BETAS, math.nan)), id="none"
+        ),
+        pytest.param(lambda: figures.steps_by_beta(steps([AWKWARD], BETAS, 0.0)), id="no-step"),
+        pytest.param(lambda: figures.descent_tpm(courses(["a"], 1.0), SOLVED), id="never-ends"),
         pytest.param(
             lambda: figures.counterexample(outputs(2, AWKWARD), FACTS | {"name": AWKWARD}),
             id="awkward-outputs",

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxsim import descent
-from jaxsim.engine.mesh import on_all_devices
+from jaxsim.engine.mesh import on_each_device
 from jaxsim.instance import Instance
 from jaxsim.logspace import finite_log, total, unit_roundoff
 from jaxsim.sources import block_size
@@ -172,7 +172,7 @@ def _solve_batch(
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num], solved)
     on_host = jax.tree.map(np.asarray, given)
     slabs = (jax.tree.map(partial(cut, begin=begin), on_host) for begin in range(0, num, size))
-    parts = on_all_devices(_solve_slab, (method, lanes), slabs, tolerance)
+    parts = on_each_device(_solve_slab, (method, lanes), slabs, tolerance)
     return jax.tree.map(lambda *x: jnp.concatenate(x)[:num], *parts)
 
 
@@ -290,11 +290,7 @@ def _trace(method: descent.Method, instance: Instance) -> Trace:
         policy = jnp.exp(log_policy)
         logs = jnp.where(base.support, jnp.abs(log_policy) + jnp.abs(task.log_p_ref), 0.0)
         both = policy + jnp.exp(jnp.minimum(log_policy + view.x - view.kl[None], 0.0))
-        size = (
-            total(both * (jnp.abs(task.t) + logs))
-            + jnp.abs(best)
-            + jnp.minimum(optimal.spread, 1.0)
-        )
+        size = total(both * (jnp.abs(task.t) + logs)) + floor
         gap = (best[0] + view.value) - view.kl
         return Trace(
             kl=view.kl,

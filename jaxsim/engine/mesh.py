@@ -1,8 +1,7 @@
 """Spread independent tiles over what there is: all devices, and all cores of a lone CPU device.
 
-Several devices share one program by `shard_map`, each with a tile of its own. XLA on CPU runs a
-loop over small arrays on one core; there a thread per core keeps the others busy. A tile's results
-do not depend on where it ran, and they come back in order.
+XLA on CPU runs a loop over small arrays on one core; there a thread per core keeps the others busy.
+Results come back in the order of the tiles.
 """
 
 import os
@@ -10,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any
 
 import jax
@@ -25,6 +24,8 @@ def on_all_devices(
 ) -> Iterator[Any]:
     """Yield function(*static, tile, shared) for each tile, in order, fetched to the host.
 
+    Several devices share one program by `shard_map`, and take a tile each at a time.
+
     Args:
         function: traceable; compiled once for each `static`.
         static: its first arguments, hashable.
@@ -32,23 +33,37 @@ def on_all_devices(
         shared: a pytree of arrays for all tiles.
     """
     devices = tuple(jax.local_devices())
-    compiled = _compiled(function, static, devices)
     if len(devices) > 1:
-        yield from _sharded(compiled, len(devices), tiles, shared)
-        return
-    threads = (os.cpu_count() or 1) if devices[0].platform == "cpu" else 2
+        yield from _sharded(_compiled(function, static, devices), len(devices), tiles, shared)
+    else:
+        yield from on_each_device(function, static, tiles, shared)
+
+
+def on_each_device(
+    function: Callable[..., Any], static: tuple[Hashable, ...], tiles: Iterable[Any], shared: Any
+) -> Iterator[Any]:
+    """Do as `on_all_devices` does, with a program of its own for each device.
+
+    For loops whose length depends on the tile, so that no device waits for another. Bits are those
+    of one device: what `shard_map` compiles for several may differ in the last ones.
+    """
+    devices = jax.local_devices()
+    compiled = _compiled(function, static, tuple(devices[:1]))
+    threads = len(devices) * 2
+    if len(devices) == 1 and devices[0].platform == "cpu":
+        threads = os.cpu_count() or 1
     waiting: deque[Future[Any]] = deque()
 
     wide = jax.config.read("jax_enable_x64")  # a thread of its own has a mode of its own
 
-    def results(tile: Any) -> Any:
+    def results(tile: Any, device: Any) -> Any:
         with jax.enable_x64(wide):
-            return jax.device_get(compiled(tile, shared))
+            return jax.device_get(compiled(*jax.device_put((tile, shared), device)))
 
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for tile in tiles:
-                waiting.append(pool.submit(results, tile))
+            for tile, device in zip(tiles, cycle(devices), strict=False):
+                waiting.append(pool.submit(results, tile, device))
                 if len(waiting) > 2 * threads:
                     yield waiting.popleft().result()
             while waiting:

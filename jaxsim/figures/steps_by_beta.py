@@ -42,8 +42,8 @@ def steps_by_beta(columns: Columns) -> Figure:
         share.set_ylim(-0.03, 1.06)
         share.tick_params(right=False, labelright=at % 4 == 3 or at == len(optimizers) - 1, pad=1)
     handles = [
-        Line2D([], [], color=ALIGNED, label="median certified instance"),
-        Patch(color=OUTER, linewidth=0, label="5–95% of these"),
+        Line2D([], [], color=ALIGNED, label="median, if certified"),
+        Patch(color=OUTER, linewidth=0, label="5–95%"),
         Line2D([], [], label="share certified (right)", **_SHARE),
     ]
     return sheet.finish(BETA, "steps", handles)
