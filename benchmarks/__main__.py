@@ -18,17 +18,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import jaxsim
-from benchmarks import limit, peers
+from benchmarks import descents, limit, peers
 from benchmarks.timing import Timing, in_turns
-from jaxsim import Components, Family, Instance, tilting
+from jaxsim import Components, Family, Instance, descent, tilting
 from jaxsim.engine import lift, native
 from jaxsim.families.counter import key_words
+from jaxsim.runs.config import SolveConfig
 from jaxsim.sources import draw_tile, index_words, tile_size
 
 KEY = jax.random.key(0)
 BETA = 0.3
+ADAM_STEPS = 64
 Ways = dict[str, tuple[Callable[[], Any], int]]
 
 
@@ -111,6 +114,61 @@ def evaluate_ways(num: int, *, rows: bool) -> Ways:
     return ways
 
 
+def problem(num: int) -> tuple[Instance, np.ndarray, np.ndarray]:
+    """Return instances to descend on, and as arrays [outputs, instances] log p_ref and r/β."""
+    batch = jaxsim.sample_instances(KEY, SolveConfig().family, num)
+    task = descent.problem(jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), batch))
+    return batch, np.array(task.log_p_ref), np.array(task.t)
+
+
+def adam_ways(num: int) -> Ways:
+    """Take so many Adam steps, each with its certificate; counted are instances times steps."""
+    batch, log_ref, t = problem(num)
+    optimizer = optax.adam(descents.RATE)
+
+    def ours() -> Any:
+        found = jaxsim.solve(batch, optimizer=optimizer, max_steps=ADAM_STEPS, tolerance=1e-30)
+        return jax.block_until_ready(found)
+
+    ways: Ways = {"jaxsim": (ours, num * ADAM_STEPS)}
+    if limit.library():
+        ways["C++"] = (
+            lambda: limit.adam(log_ref, t, ADAM_STEPS, descents.RATE),
+            num * ADAM_STEPS,
+        )
+    if peers.available("torch"):
+        for name, compiled in (("torch", False), ("torch.compile", True)):
+            peer = descents.torch_adam(ADAM_STEPS, compiled)
+            ways[name] = (lambda peer=peer: peer(log_ref, t)), num * ADAM_STEPS
+            # In pieces that a cache holds, where that is faster.
+            parts = [
+                (np.ascontiguousarray(log_ref[:, at : at + 2048]), np.ascontiguousarray(x))
+                for at, x in ((at, t[:, at : at + 2048]) for at in range(0, num, 2048))
+            ]
+            in_parts = lambda peer=peer, parts=parts: [peer(*part) for part in parts]
+            ways[f"{name}, 2,048 at a time"] = in_parts, num * ADAM_STEPS
+    return ways
+
+
+def descent_ways(num: int) -> Ways:
+    """Descend until KL(π‖p*) ≤ 0.9e-6, from p_ref."""
+    batch, log_ref, t = problem(num)
+    few = max(64, num // 1024)
+    half = jaxsim.natural_gradient(0.5, per_beta=True)
+    return {
+        "jaxsim": (lambda: jax.block_until_ready(jaxsim.solve(batch)), num),
+        "jaxsim, natural gradient ½/β": (
+            lambda: jax.block_until_ready(jaxsim.solve(batch, optimizer=half)),
+            num,
+        ),
+        "SciPy, L-BFGS-B": (
+            lambda: descents.scipy_lbfgs(log_ref[:, :few], t[:, :few], 0.9e-6),
+            few,
+        ),
+        "NumPy, Rprop": (lambda: descents.numpy_rprop(log_ref[:, :few], t[:, :few], 0.9e-6), few),
+    }
+
+
 def by_outputs(total: int) -> Ways:
     """Simulate at equal total work for growing numbers of outputs."""
     ways: Ways = {}
@@ -150,6 +208,12 @@ WORKS: dict[str, tuple[str, Callable[[int], Ways], int]] = {
         lambda num: evaluate_ways(num, rows=True),
         1 << 19,
     ),
+    "adam": (
+        f"{ADAM_STEPS} Adam steps on eq. (1), each with its certificate, 32 outputs, per step",
+        adam_ways,
+        1 << 17,
+    ),
+    "descent": ("Descend to KL(π‖p*) ≤ 1e-6 from p_ref, 32 outputs", descent_ways, 1 << 18),
     "outputs": ("Simulate, by number of outputs, per output", by_outputs, 1 << 24),
     "instances": ("Simulate, by number of instances", by_instances, 1_000_000),
 }

@@ -136,4 +136,64 @@ void simulate(uint32_t key0, uint32_t key1, uint32_t start, int64_t num, float b
   const double found[5] = {hold, fail, open, tpm, log_z};
   for (int k = 0; k < 5; ++k) out[k] = found[k];
 }
+
+// So many Adam steps on -L/beta from p_ref, with KL(pi || p*) = log E_pi[e^x] looked at before each.
+// log_ref, t: [n, num]; out: the logits [n, num] and the last KL [num].
+void adam(const float* log_ref, const float* t, int n, int64_t num, int steps, float rate,
+          float* logits, float* kl) {
+  constexpr float b1 = 0.9f, b2 = 0.999f, epsilon = 1e-8f;
+#pragma omp parallel for
+  for (int64_t block = 0; block < num / kLanes; ++block) {
+    alignas(64) static thread_local float q[1024][kLanes], s[1024][kLanes], r[1024][kLanes];
+    alignas(64) static thread_local float m[1024][kLanes], v[1024][kLanes], z[1024][kLanes];
+    alignas(64) static thread_local float pi[1024][kLanes];
+    const int64_t first = block * kLanes;
+    for (int i = 0; i < n; ++i)
+      for (int l = 0; l < kLanes; ++l) {
+        r[i][l] = log_ref[i * num + first + l];
+        s[i][l] = t[i * num + first + l];
+        z[i][l] = r[i][l];
+        m[i][l] = v[i][l] = 0;
+      }
+    float p1 = 1, p2 = 1;
+    for (int step = 0; step <= steps; ++step) {
+      alignas(64) float top[kLanes], sum[kLanes]{}, mean[kLanes]{}, grown[kLanes]{};
+      for (int l = 0; l < kLanes; ++l) top[l] = -1e30f;
+      for (int i = 0; i < n; ++i)
+#pragma omp simd
+        for (int l = 0; l < kLanes; ++l) top[l] = std::max(top[l], z[i][l]);
+      for (int i = 0; i < n; ++i)
+#pragma omp simd
+        for (int l = 0; l < kLanes; ++l) {
+          z[i][l] -= top[l];
+          pi[i][l] = exp_above(z[i][l]);
+          sum[l] += pi[i][l];
+        }
+      for (int l = 0; l < kLanes; ++l) top[l] = logf(sum[l]), sum[l] = 1 / sum[l];
+      for (int i = 0; i < n; ++i)
+#pragma omp simd
+        for (int l = 0; l < kLanes; ++l) {
+          pi[i][l] *= sum[l];
+          q[i][l] = s[i][l] - (z[i][l] - top[l] - r[i][l]);
+          mean[l] += pi[i][l] * q[i][l];
+        }
+      p1 *= b1, p2 *= b2;
+      const float c1 = 1 / (1 - p1), c2 = 1 / (1 - p2);
+      for (int i = 0; i < n; ++i)
+#pragma omp simd
+        for (int l = 0; l < kLanes; ++l) {
+          const float x = q[i][l] - mean[l], g = -pi[i][l] * x;
+          // e^x - 1 - x, where it does not cancel: near the optimum the sum is of second order
+          const float near = x * x * (0.5f + x * (1 / 6.0f + x * (1 / 24.0f + x * (1 / 120.0f))));
+          grown[l] += pi[i][l] * (fabsf(x) < 0.25f ? near : exp_above(std::min(x, 80.0f)) - 1 - x);
+          m[i][l] = b1 * m[i][l] + (1 - b1) * g;
+          v[i][l] = b2 * v[i][l] + (1 - b2) * g * g;
+          if (step < steps) z[i][l] -= rate * c1 * m[i][l] / (sqrtf(c2 * v[i][l]) + epsilon);
+        }
+      for (int l = 0; l < kLanes; ++l) kl[first + l] = log1pf(grown[l]);
+    }
+    for (int i = 0; i < n; ++i)
+      for (int l = 0; l < kLanes; ++l) logits[i * num + first + l] = z[i][l];
+  }
+}
 }

@@ -1,4 +1,4 @@
-"""The hand-written C++ loop of limit.cpp, compiled on the spot."""
+"""The hand-written C++ loops of limit.cpp, compiled on the spot."""
 
 import ctypes
 import shutil
@@ -16,7 +16,7 @@ _LINK = ("-shared", "-fopenmp", "-lmvec", "-lm")
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Compile and load the loop; None where there is no compiler that can."""
+    """Compile and load the loops; None where there is no compiler that can."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return None
@@ -48,3 +48,19 @@ def simulate(words: np.ndarray, num: int, beta: float) -> dict[str, float]:
         "mean_tpm_aligned": tpm / num,
         "mean_log_z": log_z / num,
     }
+
+
+def adam(log_ref: np.ndarray, t: np.ndarray, steps: int, rate: float) -> tuple[np.ndarray, ...]:
+    """Take so many Adam steps from p_ref; return the logits [outputs, instances], and the KL."""
+    loaded = library()
+    n, num = log_ref.shape
+    assert loaded is not None
+    assert n <= 1024, "the loop's arrays hold no more outputs"
+    assert num % 64 == 0, "the loop takes 64 instances at a time"
+    logits, kl = np.empty_like(log_ref), np.empty(num, np.float32)
+    pointers = [x.ctypes.data_as(ctypes.c_void_p) for x in (log_ref, t, logits, kl)]
+    loaded.adam(
+        *pointers[:2], ctypes.c_int(n), ctypes.c_int64(num), ctypes.c_int(steps),
+        ctypes.c_float(rate), *pointers[2:],
+    )  # fmt: skip
+    return logits, kl
