@@ -6,6 +6,7 @@ X = h - E_π[h], KL(π‖p*) = log E_π[e^X] exactly, since p* ∝ π e^h.
 """
 
 import enum
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,6 @@ from jaxsim.instance import Instance
 from jaxsim.logspace import (
     LOG_ZERO,
     AnyArray,
-    bregman_kl_term,
     finite_log,
     first_where,
     kl_over_outputs,
@@ -91,7 +91,9 @@ class Problem:
     """What descent may see of an instance: the reference, the scaled rewards and β, not p*."""
 
     log_p_ref: Array  # zero mass made finite
-    t: Array  # (r - E_ref[r])/β
+    # (r - max r)/β. Eq. (1) does not mind the constant, and near the optimum, where the advantages
+    # all but vanish, h is then no larger than the log of the best output's mass.
+    t: Array
     beta: Array
 
     @property
@@ -120,7 +122,7 @@ class State:
     steps: Array
     status: Array
     kl: Array  # KL(π‖p*) by the certificate that needs no p*, at the last step that was looked at
-    least_kl: Array
+    least: Array  # loss so far
     since_least: Array  # steps
     in_log_space: Array
 
@@ -153,10 +155,34 @@ def default_optimizer() -> optax.GradientTransformation:
 
     The gradient of eq. (1) in a logit is proportional to that output's probability, so that any
     step proportional to it starves rare outputs. Rprop uses its sign alone, with a step per output
-    that grows while the sign stays and halves when it flips.
+    that grows while the sign stays and halves when it flips; the step after a flip is left out
+    (iRprop⁻, Igel and Hüsken 2000). Not `optax.rprop`, which up to 0.2.8 at least lags by one step.
     """
     # Longer steps may overshoot to where rounding gives the gradient its sign.
-    return optax.rprop(0.1, min_step_size=1e-9, max_step_size=2.0)
+    first, least, most = 0.1, 1e-9, 2.0
+
+    def init(params: optax.Params) -> tuple[optax.Params, optax.Params]:
+        size = jax.tree.map(lambda x: jnp.full_like(x, first), params)
+        return size, jax.tree.map(jnp.zeros_like, params)
+
+    def resized(gradient: Array, size: Array, direction: Array) -> Array:
+        agreed = jnp.sign(gradient) * direction
+        factor = jnp.where(agreed > 0, 1.2, jnp.where(agreed < 0, 0.5, 1.0))
+        return jnp.clip(size * factor, least, most)
+
+    def turned(gradient: Array, direction: Array) -> Array:
+        sign = jnp.sign(gradient)
+        return jnp.where(sign * direction < 0, 0.0, sign)
+
+    def update(
+        updates: optax.Updates, state: tuple[optax.Params, optax.Params], params: Any = None
+    ) -> tuple[optax.Updates, tuple[optax.Params, optax.Params]]:
+        size, direction = state
+        size = jax.tree.map(resized, updates, size, direction)
+        direction = jax.tree.map(turned, updates, direction)
+        return jax.tree.map(lambda s, d: -s * d, size, direction), (size, direction)
+
+    return optax.GradientTransformation(init, update)
 
 
 def natural_gradient(
@@ -226,9 +252,10 @@ def optimizers(max_steps: int) -> dict[str, optax.GradientTransformation | None]
 def problem(instance: Instance) -> Problem:
     """Return what descent may see."""
     base = center(instance)
+    top = jnp.max(jnp.where(base.support, base.reward, -jnp.inf), axis=0, keepdims=True)
     return Problem(
         log_p_ref=finite_log(log_reference(base)),
-        t=base.above_center / instance.beta[None],
+        t=jnp.where(base.support, base.reward - top, 0.0) / instance.beta[None],
         beta=instance.beta,
     )
 
@@ -257,6 +284,7 @@ def init(task: Problem, logits: Array, method: Method) -> State:
     make = method.optimizer.init
     if logits.ndim > 1:
         make = jax.vmap(make, in_axes=-1, out_axes=-1)
+    logits = _largest_at_zero(logits, task)
     infinite = jnp.full_like(task.beta, jnp.inf)
     zero = jnp.zeros_like(task.beta, jnp.int32)
     return State(
@@ -265,17 +293,39 @@ def init(task: Problem, logits: Array, method: Method) -> State:
         steps=zero,
         status=jnp.full_like(task.beta, _RUNNING, jnp.int8),
         kl=infinite,
-        least_kl=infinite,
+        least=infinite,
         since_least=zero,
         in_log_space=jnp.zeros_like(task.beta, bool),
     )
 
 
 def loss(logits: Float[Array, " outputs *tile"], task: Problem) -> Float[Array, " *tile"]:
-    """Return -(L(π) - E_ref[r])/β for π = softmax(logits): eq. (1), in nats."""
-    log_policy = jax.nn.log_softmax(logits, axis=0)
-    advantage = jnp.where(task.support, task.t - (log_policy - task.log_p_ref), 0.0)
-    return -total(jnp.exp(log_policy) * advantage)[0]
+    """Return -(L(π) - max r)/β for π = softmax(logits): eq. (1), in nats."""
+    return _loss(_largest_at_zero(logits, task), task)[0]
+
+
+def _loss(logits: Array, task: Problem) -> tuple[Array, Any]:
+    """Return the loss, and what it was added up from: log π, π and h - max r/β.
+
+    Outputs outside the support need no mask: log π and log p_ref are the same there.
+    """
+    weight = jnp.exp(logits)
+    weight_total = jnp.sum(weight, axis=0, keepdims=True)
+    log_policy = logits - jnp.log(weight_total)
+    policy = _exp(log_policy, lax.stop_gradient(weight / weight_total))
+    h = task.t - (log_policy - task.log_p_ref)
+    return -total(policy * h)[0], (log_policy, policy, h)
+
+
+@jax.custom_jvp
+def _exp(x: Array, value: Array) -> Array:
+    """Return e^x where it is known."""
+    return value
+
+
+@_exp.defjvp
+def _exp_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return primals[1], primals[1] * tangents[0]
 
 
 @jax.tree_util.register_dataclass
@@ -287,7 +337,7 @@ class View:
         value: the loss, nats.
         gradient: its gradient in the logits, by `jax.grad`.
         x: h - E_π[h], nats, with h = r/β - log(π/p_ref): what the natural gradient follows.
-        kl: KL(π‖p*) = log E_π[e^x].
+        kl: KL(π‖p*) = log E_π[e^x]; about 60 stands for anything larger.
     """
 
     value: Array
@@ -297,27 +347,16 @@ class View:
 
 
 def look(logits: Float[Array, " outputs *tile"], task: Problem) -> View:
-    """Look at a policy: eq. (1), its gradient, and how far the optimum is.
-
-    Eq. (1) does not mind a constant added to the rewards. Taking them, and log(π/p_ref), from their
-    means under the policy keeps the differences that are left near the optimum.
-    """
+    """Look at a policy, given by logits of which the largest is 0, and how far the optimum is."""
 
     def total_loss(logits: Array) -> tuple[Array, Any]:
-        log_policy = jax.nn.log_softmax(logits, axis=0)
-        policy = jnp.exp(log_policy)
-        log_ratio = jnp.where(task.support, log_policy - task.log_p_ref, 0.0)
-        fixed = lax.stop_gradient(policy)
-        mean_t = total(fixed * task.t)
-        mean_ratio = total(fixed * lax.stop_gradient(log_ratio))
-        advantage = jnp.where(task.support, (task.t - mean_t) - (log_ratio - mean_ratio), 0.0)
-        value = -total(policy * advantage)
-        return jnp.sum(value), (log_policy, advantage, value, mean_ratio - mean_t)
+        value, seen = _loss(logits, task)
+        return jnp.sum(value), (value, seen)
 
-    gradient, seen = jax.grad(total_loss, has_aux=True)(logits)
-    log_policy, advantage, value, offset = lax.stop_gradient(seen)
-    x = jnp.where(task.support, advantage + value, 0.0)
-    return View(value=(value + offset)[0], gradient=gradient, x=x, kl=_log_mean_exp(log_policy, x))
+    gradient, found = jax.grad(total_loss, has_aux=True)(logits)
+    value, (log_policy, policy, h) = lax.stop_gradient(found)
+    x = h + value[None]
+    return View(value=value, gradient=gradient, x=x, kl=_log_mean_exp(log_policy, policy, x))
 
 
 def advance(state: State, task: Problem, method: Method, tolerance: Float[Array, ""]) -> State:
@@ -344,38 +383,46 @@ def advance(state: State, task: Problem, method: Method, tolerance: Float[Array,
         view.gradient, state.optimizer_state, state.logits, view.value, task
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, state.logits)
-    flat = jnp.max(jnp.abs(view.gradient), axis=0) == 0
-    closer = view.kl < state.least_kl
+    closer = view.value < state.least
     since_least = jnp.where(closer, 0, state.since_least + 1)
-    in_log_space = state.in_log_space
+    in_log_space, flat = state.in_log_space, jnp.asarray(False)
     if method.log_space:
-        in_log_space |= flat | (since_least >= _PATIENCE)
+        in_log_space |= since_least >= _PATIENCE
         if method.max_steps >= 10 * _RESERVE:
             in_log_space |= state.steps >= method.max_steps - _RESERVE
         updates = jnp.where(in_log_space[None], 0.5 * view.x, updates)
-        flat = jnp.zeros_like(flat)
-    # Softmax ignores a common shift: keeping the largest logit at zero keeps the others precise.
-    logits = state.logits + updates
-    logits = jnp.where(task.support, logits - jnp.max(logits, axis=0, keepdims=True), LOG_ZERO)
-    # Sums are finite just where all terms are, and plain reductions are fast.
-    finite = jnp.isfinite(view.kl + jnp.sum(logits, axis=0) + jnp.sum(view.gradient, axis=0))
+    else:
+        # A sum of sizes is zero just where all are, and plain sums are fast.
+        flat = jnp.sum(jnp.abs(view.gradient), axis=0) == 0
+    logits = _largest_at_zero(state.logits + updates, task)
+    # A sum is finite just where all terms are.
+    finite = jnp.isfinite(view.kl + jnp.sum(logits, axis=0))
     done = jnp.where(state.in_log_space, int(Status.CONVERGED_IN_LOG_SPACE), int(Status.CONVERGED))
     status = jnp.where(flat, int(Status.STUCK), _RUNNING)
     status = jnp.where(state.steps >= method.max_steps, int(Status.OUT_OF_STEPS), status)
     status = jnp.where(finite, status, int(Status.NON_FINITE))
     status = jnp.where(view.kl <= tolerance, done, status).astype(jnp.int8)
-    moves = status == _RUNNING
-    looked = State(
+    at_work = running(state)
+    moves = at_work & (status == _RUNNING)
+
+    def now(new: Array, old: Array) -> Array:
+        return jnp.where(at_work, new, old)
+
+    return State(
         logits=jnp.where(moves, logits, state.logits),
-        optimizer_state=optimizer_state,
+        optimizer_state=optimizer_state,  # of no use once a descent has ended
         steps=state.steps + moves,
-        status=status,
-        kl=view.kl,
-        least_kl=jnp.where(closer, view.kl, state.least_kl),
-        since_least=since_least,
-        in_log_space=in_log_space,
+        status=now(status, state.status),
+        kl=now(view.kl, state.kl),
+        least=now(jnp.where(closer, view.value, state.least), state.least),
+        since_least=now(since_least, state.since_least),
+        in_log_space=now(in_log_space, state.in_log_space),
     )
-    return jax.tree.map(lambda new, old: jnp.where(running(state), new, old), looked, state)
+
+
+def _largest_at_zero(logits: Array, task: Problem) -> Array:
+    """Shift logits, which softmax does not mind: what lies near zero is precise."""
+    return jnp.where(task.support, logits - jnp.max(logits, axis=0, keepdims=True), LOG_ZERO)
 
 
 def running(state: State) -> Array:
@@ -409,16 +456,15 @@ def certificate(ended: Ended, instance: Instance, tolerance: Float[Array, ""]) -
     return replace(solution, status=status.astype(jnp.int8))
 
 
-def _log_mean_exp(log_policy: Array, x: Array) -> Array:
+def _log_mean_exp(log_policy: Array, policy: Array, x: Array) -> Array:
     """Return log E_π[e^x] for E_π[x] = 0, accurate to second order as it goes to zero.
 
-    There it is log1p of E[e^x - 1 - x], a sum of Bregman terms, none of them negative. Far from it,
-    where e^x may overflow, about its largest term.
+    As log1p of E[e^x - 1 - x], whose terms are never negative: for small x by their series. Far
+    from zero, where e^x may overflow, it is cut off: about 60 stands for anything larger.
     """
-    exponent = log_policy + x
-    top = jnp.max(exponent, axis=0, keepdims=True)
-    peak = jnp.where(top > 20.0, top, 0.0)
-    weight = jnp.exp(exponent - peak)
-    near = jnp.log1p(total(bregman_kl_term(-x, jnp.exp(log_policy), weight)))
-    far = peak + jnp.log(total(weight))
-    return jnp.where(peak > 0, far, near)[0]
+    far = jnp.exp(jnp.minimum(log_policy + x, 60.0)) - policy * (1 + x)
+    series = jnp.zeros_like(x)
+    for k in range(7 if x.dtype.itemsize == 4 else 12, 1, -1):  # to a part in 10^6, or 10^12
+        series = series * x + 1 / math.factorial(k)
+    terms = jnp.where(jnp.abs(x) < 0.25, policy * x * x * series, far)
+    return jnp.log1p(total(terms))[0]

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import jaxsim
-from benchmarks import limit, peers
-from benchmarks.__main__ import BETA, KEY, instances, main
+from benchmarks import descents, limit, peers
+from benchmarks.__main__ import BETA, KEY, instances, main, problem
 from benchmarks.timing import in_turns
 from jaxsim.families.counter import key_words
 
@@ -79,6 +80,32 @@ def test_all_evaluate_the_same(rows: bool) -> None:
     order = ("log_p_aligned", "log_p_unaligned", "reward", "logit_alpha", "beta")
     found = np.stack(plain(*(arrays[name] for name in order)))
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=3e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself
+@pytest.mark.parametrize("name", ["C++", "torch"])
+def test_adam_takes_the_same_way(name: str) -> None:
+    batch, log_ref, t = problem(512)
+    ours = jaxsim.solve(batch, optimizer=optax.adam(descents.RATE), max_steps=20, tolerance=1e-30)
+    if name == "C++":
+        if limit.library() is None:
+            pytest.skip("there is no C++ compiler")
+        logits, kl = limit.adam(log_ref, t, 20, descents.RATE)
+    else:
+        pytest.importorskip("torch")
+        logits, kl = descents.torch_adam(20, compiled=False)(log_ref, t)
+    np.testing.assert_allclose(kl, ours.kl, rtol=2e-3, atol=1e-9)
+    log_policy = logits - np.logaddexp.reduce(logits, axis=0)
+    np.testing.assert_allclose(np.exp(log_policy.T), np.exp(ours.log_policy), atol=1e-4)
+
+
+def test_scipy_and_numpy_descend_to_the_same_optimum() -> None:
+    batch, log_ref, t = problem(64)
+    ours = jaxsim.solve(batch)
+    kl, looks = descents.numpy_rprop(log_ref, t, 0.9e-6)
+    assert np.all(kl <= 0.9e-6) and looks == pytest.approx(int(ours.steps.sum()) + 64, rel=0.02)
+    kl, looks = descents.scipy_lbfgs(log_ref, t, 0.9e-6)
+    assert np.mean(kl <= 0.9e-6) > 0.9 and looks < 64 * 200
 
 
 def test_turns_are_taken_and_the_report_is_written(

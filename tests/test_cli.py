@@ -353,7 +353,7 @@ def test_bad_values_are_told_in_one_sentence(
     ("argv", "said"),
     [
         (["run", "--instnces", "3"], "--instances"),
-        (["runn"], "run, evaluate, figures, doctor"),
+        (["runn"], "run, solve, evaluate, figures, doctor"),
         (["run", "--betas", "x"], "--betas"),
         (["run", "--instances", "many"], "'many'"),
         (["run", "--family.dtype", "float16"], "'float32', 'float64'"),

@@ -276,8 +276,9 @@ def _trace(method: descent.Method, instance: Instance) -> Trace:
     task, logits = _begin(method.start, (instance, None))
     base = center(instance)
     optimal = tilt(base, instance.beta)
-    best = optimal.log_z_centered
-    floor = jnp.abs(best) + jnp.minimum(optimal.spread, 1.0)
+    # The loss takes rewards from their maximum, the closed form from their mean.
+    best = optimal.log_z_centered - jnp.max(optimal.t, axis=0, keepdims=True)
+    floor = jnp.abs(optimal.log_z_centered) + jnp.minimum(optimal.spread, 1.0)
     shown = jnp.exp(
         base.log_alpha + base.aligned.log_p - jnp.log(base.aligned.total) - task.log_p_ref
     )
@@ -287,13 +288,15 @@ def _trace(method: descent.Method, instance: Instance) -> Trace:
     def record(state: descent.State) -> Trace:
         view = descent.look(state.logits, task)
         log_policy = jax.nn.log_softmax(state.logits, axis=0)
+        far = jax.nn.logsumexp(log_policy + view.x, axis=0)
+        kl = jnp.where(far > 20.0, far, view.kl)
         policy = jnp.exp(log_policy)
         logs = jnp.where(base.support, jnp.abs(log_policy) + jnp.abs(task.log_p_ref), 0.0)
-        both = policy + jnp.exp(jnp.minimum(log_policy + view.x - view.kl[None], 0.0))
+        both = policy + jnp.exp(jnp.minimum(log_policy + view.x - kl[None], 0.0))
         size = total(both * (jnp.abs(task.t) + logs)) + floor
-        gap = (best[0] + view.value) - view.kl
+        gap = (best[0] + view.value) - kl
         return Trace(
-            kl=view.kl,
+            kl=kl,
             tpm_aligned=total(policy * shown)[0],
             residual=gap / (unit_roundoff(gap.dtype) * size[0]),
         )
