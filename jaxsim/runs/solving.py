@@ -339,7 +339,7 @@ def markdown(comparison: Comparison, *, by_beta: bool) -> str:
 def _shares(rows: list[Row]) -> list[str]:
     """Return the shares certified: a line per optimiser, a column per range of β."""
     ranges = list(dict.fromkeys((row.beta_low, row.beta_high) for row in rows))
-    names = [f"{low:.3g}" if low == high else f"{low:.2g} to {high:.2g}" for low, high in ranges]
+    names = [_range(low, high) for low, high in ranges]
     lines = [
         "| certified at β = | " + " | ".join(names) + " |",
         "|---|" + "---:|" * len(names),
@@ -350,6 +350,10 @@ def _shares(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _range(low: float, high: float) -> str:
+    return f"{low:.3g}" if low == high else f"{low:.2g} to {high:.2g}"
+
+
 def _share(row: Row) -> str:
     share = f"{row.certified / row.instances:.1%}"
     return share if row.certified == row.instances or share != "100.0%" else "< 100%"
@@ -357,7 +361,7 @@ def _share(row: Row) -> str:
 
 def _line(row: Row) -> str:
     return (
-        f"| {LABELS[row.optimizer]} | {row.beta_low:.3g} to {row.beta_high:.3g} "
+        f"| {LABELS[row.optimizer]} | {_range(row.beta_low, row.beta_high)} "
         f"| {row.instances:,} | {_share(row)} | {row.in_log_space:,} | {row.kl_median:.2g} "
         f"| {row.kl_worst:.2g} | {row.steps_median:g} | {row.steps_most:,} | {row.seconds:.2f} |"
     )
