@@ -293,6 +293,42 @@ def test_the_default_converges_where_probabilities_underflow(name: str, dtype: s
         assert np.all(alone.kl[~np.asarray(alone.converged)] > tolerance)
 
 
+@pytest.mark.parametrize("alpha", [1e-12, 1e-7, 1 - 1e-7])
+@pytest.mark.parametrize("start", ["reference", "worst"])
+def test_mixture_weights_near_zero_and_one(alpha: float, start: str) -> None:
+    family = Family(
+        outputs=8,
+        components=Components(kind="disjoint"),
+        alpha=Scalar(kind="fixed", value=alpha),
+        beta=Scalar(kind="log_uniform", low=0.1, high=10.0),
+    )
+    batch = sample_instances(jax.random.key(3), family, ROWS)
+    solution = solve(batch, start=start)
+    assert np.all(solution.status == Status.CONVERGED)
+    kl = exact_kl(np.asarray(solution.log_policy), exact_log_policy(batch))
+    assert np.max(kl) <= 1.01e-6
+
+
+@pytest.mark.parametrize(("outputs", "num"), [(2, 500), (4096, 16)])
+def test_few_and_many_outputs(outputs: int, num: int) -> None:
+    family = Family(outputs=outputs, beta=Scalar(kind="log_uniform", low=0.1, high=10.0))
+    batch = sample_instances(jax.random.key(4), family, num)
+    solution = solve(batch)
+    assert np.all(solution.status == Status.CONVERGED)
+    kl = exact_kl(np.asarray(solution.log_policy), exact_log_policy(batch))
+    assert np.max(kl) <= 1.01e-6
+
+
+def test_another_number_of_lanes_ends_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = draw("zipf")
+    expected = solve(batch)
+    monkeypatch.setattr(loop, "block_size", lambda outputs: 24)
+    found = solve(batch)
+    np.testing.assert_array_equal(found.status, expected.status)
+    kl = exact_kl(np.asarray(found.log_policy), exact_log_policy(batch))
+    assert np.max(kl) <= 1.01e-6
+
+
 STARTS = ["reference", "uniform", "worst"]
 
 
