@@ -3,7 +3,7 @@
 import io
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,6 +16,7 @@ from jaxsim.runs.config import DEFAULT_BETAS, RunConfig, SolveConfig, load
 if TYPE_CHECKING:
     from jaxsim.runs.directory import RunDirectory
     from jaxsim.runs.job import Report, Results
+    from jaxsim.runs.share import Share
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -25,6 +26,10 @@ _NEXT = "jaxsim-runs/N, the next number"
 def _shown_as(metavar: str, default: str | None = None) -> Any:
     hint = None if default is None else f"(default: {default})"
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+
+
+class _Interrupted(Exception):
+    """The user interrupted a run that can go on: one sentence."""
 
 
 class _InputError(Exception):
@@ -42,6 +47,13 @@ class Run:
     """A TOML file with any of the settings below; it comes before all options."""
     out: Annotated[Path | None, _shown_as("DIR", _NEXT)] = None
     """The directory to write, which must be empty or absent."""
+    resume: Annotated[Path | None, _shown_as("DIR", "none")] = None
+    """Go on with the unfinished run in this directory, with its settings."""
+    worker: Annotated[str, _shown_as("I/N", "1/1, and finish the run")] = ""
+    """Compute every N-th shard, from the I-th on, into a directory that N workers share; then
+    jaxsim merge DIR."""
+    allow_mixed: bool = False
+    """Go on although the run was begun with another version of JAX, device, type or tile."""
     no_figures: bool = False
     """Leave out the figures."""
     settings: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
@@ -92,6 +104,45 @@ class Figures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Finish a run whose shards were computed by workers."""
+
+    run: Annotated[tyro.conf.Positional[Path], _shown_as("RUN")]
+    """The run directory."""
+    allow_mixed: bool = False
+    """Finish although shards were computed with another version of JAX, device, type or tile."""
+    no_figures: bool = False
+    """Leave out the figures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Tell how far a run is."""
+
+    run: Annotated[tyro.conf.Positional[Path], _shown_as("RUN")]
+    """The run directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check a run: every file's hash, and some shards by computing them again."""
+
+    run: Annotated[tyro.conf.Positional[Path], _shown_as("RUN")]
+    """The run directory."""
+    sample: int = 2
+    """How many shards to compute again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Tell what a run would take, from two seconds of it, without doing it."""
+
+    config: Annotated[tyro.conf.Positional[Path | None], _shown_as("CONFIG.toml", "none")] = None
+    """A TOML file with any of the settings below; it comes before all options."""
+    settings: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doctor:
     """Report versions, devices, and whether another package named jaxsim is in the way."""
 
@@ -120,6 +171,9 @@ def main(argv: list[str] | None = None) -> int:
     except _InputError as error:
         print(f"jaxsim: {error}", file=sys.stderr)
         return BAD_INPUT
+    except _Interrupted as stop:
+        print(f"jaxsim: {stop}", file=sys.stderr)
+        return INTERRUPTED
     except KeyboardInterrupt:
         print("jaxsim: interrupted; what was begun has no COMPLETE.json", file=sys.stderr)
         return INTERRUPTED
@@ -141,19 +195,22 @@ def _user_input() -> Iterator[None]:
 
 
 def _parse(argv: list[str]) -> Any:
-    run, solve = Run(), Solve()
+    configured: dict[str, Any] = {"run": Run(), "solve": Solve(), "plan": Plan()}
     with _user_input():
-        if argv[:1] in (["run"], ["solve"]) and len(argv) > 1 and not argv[1].startswith("-"):
+        if argv and argv[0] in configured and len(argv) > 1 and not argv[1].startswith("-"):
             path = Path(argv[1])
             if not path.is_file():
                 raise FileNotFoundError(2, "there is no such configuration file", str(path))
-            if argv[0] == "run":
-                run = Run(config=path, settings=load(path))
-            else:
-                solve = Solve(config=path, settings=load(path, SolveConfig))
+            command = configured[argv[0]]
+            settings = load(path, type(command.settings))
+            configured[argv[0]] = replace(command, config=path, settings=settings)
         commands = (
-            Annotated[Run, tyro.conf.subcommand("run", default=run)]
-            | Annotated[Solve, tyro.conf.subcommand("solve", default=solve)]
+            Annotated[Run, tyro.conf.subcommand("run", default=configured["run"])]
+            | Annotated[Solve, tyro.conf.subcommand("solve", default=configured["solve"])]
+            | Annotated[Plan, tyro.conf.subcommand("plan", default=configured["plan"])]
+            | Annotated[Merge, tyro.conf.subcommand("merge")]
+            | Annotated[Status, tyro.conf.subcommand("status")]
+            | Annotated[Verify, tyro.conf.subcommand("verify")]
             | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
             | Annotated[Figures, tyro.conf.subcommand("figures")]
             | Annotated[Doctor, tyro.conf.subcommand("doctor")]
@@ -168,12 +225,11 @@ def _parse(argv: list[str]) -> Any:
                 description="Exact, vectorised simulation of what preference tuning does to an "
                 "output distribution.",
             )
-        if isinstance(command, (Run, Solve)):
-            expected = run if isinstance(command, Run) else solve
-            if command.config != expected.config:
-                raise ValueError(
-                    f"{command.config}: the configuration file comes right after '{argv[0]}'"
-                )
+        expected = configured.get(argv[0]) if argv else None
+        if expected is not None and command.config != expected.config:
+            raise ValueError(
+                f"{command.config}: the configuration file comes right after '{argv[0]}'"
+            )
         return command
 
 
@@ -195,16 +251,129 @@ def _plain_value_errors() -> Iterator[None]:
 
 
 def _run(command: Run, argv: list[str]) -> int:
-    return _job(command.settings, command.out, not command.no_figures, argv)
+    from jaxsim.runs import manage
+    from jaxsim.runs.directory import RunDirectory, refuse_if_used
+
+    config, share = command.settings, None
+    with _user_input():
+        if command.worker:
+            share = _share(command.worker)
+        if command.resume is not None:
+            if command.out is not None:
+                raise ValueError("--resume and --out both name a directory; give one of them")
+            place = RunDirectory(command.resume)
+            config = manage.settings(place)
+            manage.explicit(command.settings, config, command.resume)
+        elif share:
+            if command.out is None:
+                raise ValueError("--worker needs --out, the directory that all workers share")
+            place = RunDirectory(command.out)
+        else:
+            place = RunDirectory(_free_directory() if command.out is None else command.out)
+            refuse_if_used(place.path)
+    return _job(
+        config,
+        place,
+        argv,
+        figures=not command.no_figures,
+        share=share,
+        allow_mixed=command.allow_mixed,
+    )
+
+
+def _share(text: str) -> "Share":
+    from jaxsim.runs.share import Share
+
+    number, _, of = text.partition("/")
+    if not (number.isdigit() and of.isdigit()):
+        raise ValueError(f"worker is {text!r}; expected i/n, such as 2/8")
+    return Share(number=int(number), of=int(of))
+
+
+def _merge(command: Merge, argv: list[str]) -> int:
+    from jaxsim.runs import manage
+    from jaxsim.runs.directory import RunDirectory
+
+    with _user_input():
+        place = RunDirectory(command.run)
+        config = manage.settings(place)
+        far = manage.progress(place)
+        if far.done < far.shards:
+            raise ValueError(
+                f"{command.run}: {far.shards - far.done} of {far.shards} shards are not there yet; "
+                "start their workers again, or: jaxsim run --resume " + str(command.run)
+            )
+    return _job(
+        config, place, argv, figures=not command.no_figures, allow_mixed=command.allow_mixed
+    )
+
+
+def _status(command: Status, argv: list[str]) -> int:
+    from jaxsim.runs import manage
+    from jaxsim.runs.directory import RunDirectory
+
+    with _user_input():
+        far = manage.progress(RunDirectory(command.run))
+    state = "complete" if far.complete else "not complete"
+    print(
+        f"{command.run}: {state}; {far.done:,} of {far.shards:,} shards, "
+        f"{far.instances:,} of {far.total:,} instances"
+    )
+    for wrong in far.damaged:
+        print(f"damaged, and computed again on --resume: {wrong}")
+    if not far.complete:
+        print(f"go on with: jaxsim run --resume {command.run}")
+    return 0
+
+
+def _verify(command: Verify, argv: list[str]) -> int:
+    from jaxsim.runs import job, manage
+    from jaxsim.runs.directory import RunDirectory
+
+    with _user_input():
+        if command.sample < 0:
+            raise ValueError(f"sample is {command.sample}; expected 0 or more")
+        place = RunDirectory(command.run)
+        config = manage.settings(place)
+        manage.plan_of(place)
+    _prepare(config.family.dtype)
+    with _user_input():
+        found = manage.faults(place, job.open_source(config), command.sample)
+    for wrong in found:
+        print(f"jaxsim: {command.run}: {wrong}", file=sys.stderr)
+    if not found:
+        print(f"{command.run}: nothing is wrong")
+    return 1 if found else 0
+
+
+def _plan(command: Plan, argv: list[str]) -> int:
+    from jaxsim.runs import job, manage
+
+    _prepare(command.settings.family.dtype)
+    with _user_input():
+        source = job.open_source(command.settings)
+    for name, value in manage.estimate(command.settings, source).items():
+        print(f"{name:26} {value:,.0f}" if value >= 10 else f"{name:26} {value:.3g}")
+    return 0
 
 
 def _evaluate(command: Evaluate, argv: list[str]) -> int:
+    from jaxsim.runs import job
+    from jaxsim.runs.directory import RunDirectory, refuse_if_used
+
     with _user_input():
         family = replace(RunConfig().family, dtype=command.dtype)
         config = RunConfig(
             input=command.file, reward=command.reward, betas=command.beta, family=family, atlas=0
         )
-    return _job(config, command.out, not command.no_figures, argv, own_beta=not command.beta)
+        place = RunDirectory(_free_directory() if command.out is None else command.out)
+        refuse_if_used(place.path)
+    if not command.beta:
+        _prepare(command.dtype)
+        with _user_input():
+            if not getattr(job.open_source(config), "has_beta", False):
+                config = replace(config, betas=DEFAULT_BETAS)
+    return _job(config, place, argv, figures=not command.no_figures)
 
 
 def _solve(command: Solve, argv: list[str]) -> int:
@@ -223,8 +392,8 @@ def _solve(command: Solve, argv: list[str]) -> int:
         if not config.betas and not getattr(source, "has_beta", True):
             raise ValueError(f"{config.input}: there is no beta in it; give --betas")
         place = directory.RunDirectory.create(target)
-    with _reporting() as report:
-        found = solving.compare(config, source, place, ["jaxsim", *argv], report)
+    with _reporting() as report, job.attempt(place, ["jaxsim", *argv], []):
+        found = solving.compare(config, source, place, report)
         _finish(place, not command.no_figures, report)
     print(solving.markdown(found, by_beta=False))
     print(f"Written to {target}")
@@ -253,14 +422,15 @@ def _finish(place: "RunDirectory", figures: bool, report: "Report") -> None:
 
 
 def _job(
-    config: RunConfig, out: Path | None, figures: bool, argv: list[str], own_beta: bool = False
+    config: RunConfig,
+    place: "RunDirectory",
+    argv: list[str],
+    *,
+    figures: bool,
+    share: "Share | None" = None,
+    allow_mixed: bool = False,
 ) -> int:
-    from jaxsim.runs import directory
-
-    with _user_input():
-        target = _free_directory() if out is None else out
-        directory.refuse_if_used(target)
-
+    """Compute a run, or a share of its shards, in a directory that may hold some of them."""
     import jax
 
     from jaxsim.rounding import UNTRUSTED, is_trusted
@@ -269,16 +439,47 @@ def _job(
     _prepare(config.family.dtype)
     if not is_trusted(jax.devices()[0].platform):
         print(f"jaxsim: {UNTRUSTED}", file=sys.stderr)
+    who = f"worker-{share.number}-of-{share.of}" if share else "run"
     with _user_input():
         source = job.open_source(config)
-        if own_beta and not getattr(source, "has_beta", False):
-            config = replace(config, betas=DEFAULT_BETAS)
-        place = directory.RunDirectory.create(target)
-    with _reporting() as report:
-        results = job.run(config, source, place, ["jaxsim", *argv], report)
-        _finish(place, figures, report)
-    _print_results(results, target)
+        place.make()
+    with ExitStack() as stack:
+        with _user_input():
+            stack.enter_context(place.locked(who))
+            mixed = job.begin(config, source, place, allow_mixed=allow_mixed)
+        report = stack.enter_context(_reporting())
+        stack.enter_context(_kept(place.path))
+        stack.enter_context(job.attempt(place, ["jaxsim", *argv], mixed))
+        if share:
+            job.compute(config, source, place, share, report)
+        else:
+            results = job.run(config, source, place, report)
+            _finish(place, figures, report)
+    if share:
+        print(f"The shards of worker {share.number}/{share.of} are in {place.path}")
+    else:
+        _print_results(results, place.path)
     return 0
+
+
+@contextmanager
+def _kept(path: Path) -> Iterator[None]:
+    """Say what is kept, and how to go on, where a run ends early."""
+    from jaxsim.runs.job import Stopped
+
+    try:
+        yield
+    except Stopped as stop:
+        raise _Interrupted(f"{stop}; go on with: jaxsim run --resume {path}") from None
+    except KeyboardInterrupt:
+        raise _Interrupted(
+            f"interrupted; committed shards are kept; go on with: jaxsim run --resume {path}"
+        ) from None
+    except OSError as error:
+        raise _InputError(
+            f"{error.filename or path}: {error.strerror}; committed shards are kept; "
+            f"go on with: jaxsim run --resume {path}"
+        ) from None
 
 
 def _figures(command: Figures, argv: list[str]) -> int:
@@ -385,6 +586,10 @@ def _print_results(results: "Results", target: Path) -> None:
 _DO: dict[Any, Any] = {
     Run: _run,
     Solve: _solve,
+    Plan: _plan,
+    Merge: _merge,
+    Status: _status,
+    Verify: _verify,
     Evaluate: _evaluate,
     Figures: _figures,
     Doctor: _doctor,

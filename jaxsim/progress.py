@@ -10,6 +10,7 @@ from typing import Any
 from jaxsim.runs.job import Report
 
 _interrupted = False
+_finishing = False  # what is in hand, before an interrupt is followed
 
 
 def remember_interrupts() -> None:
@@ -20,7 +21,14 @@ def remember_interrupts() -> None:
 
     def interrupt(number: int, frame: Any) -> None:
         global _interrupted
-        _interrupted = True
+        again, _interrupted = _interrupted, True
+        if _finishing and not again:
+            print(
+                "\njaxsim: finishing the shard in hand (Ctrl-C again stops at once)",
+                file=sys.stderr,
+                flush=True,
+            )
+            return
         raise KeyboardInterrupt
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -28,8 +36,34 @@ def remember_interrupts() -> None:
 
 
 def _stop_if_interrupted() -> None:
-    if _interrupted:
+    if _interrupted and not _finishing:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let the first Ctrl-C wait for whoever asks `_stopping`."""
+    global _finishing
+    _finishing = True
+    try:
+        yield
+    finally:
+        _finishing = False
+
+
+def _stopping() -> bool:
+    return _interrupted
+
+
+def _say(text: str) -> None:
+    print(f"jaxsim: {text}", file=sys.stderr, flush=True)
+
+
+_COMMON: dict[str, Any] = {
+    "say": _say,
+    "stopping": _stopping,
+    "uninterrupted": _uninterrupted,
+}
 
 
 @contextmanager
@@ -59,7 +93,7 @@ def bar() -> Iterator[Report]:
             shown = ", ".join([f"{rate:,.0f} {clock.unit}/s"] * bool(rate) + [note] * bool(note))
             progress.update(task, completed=done, rate=shown)
 
-        yield Report(stage=stage, progress=step)
+        yield Report(stage=stage, progress=step, **_COMMON)
 
 
 @contextmanager
@@ -84,7 +118,7 @@ def lines() -> Iterator[Report]:
                 text += f", {rate:,.3g} {clock.unit}/s, {(clock.total - done) / rate:.0f} s left"
             print(text + f", {note}" * bool(note), file=sys.stderr, flush=True)
 
-    yield Report(stage=stage, progress=step)
+    yield Report(stage=stage, progress=step, **_COMMON)
 
 
 class _Clock:

@@ -80,20 +80,33 @@ class Totals:
     sums: Sums
     claims: dict[str, ClaimTotal]
 
+    def plus(self, other: "Totals") -> "Totals":
+        """Add the totals of the instances that come next."""
+        return replace(
+            self,
+            sums=jax.tree.map(np.add, self.sums, other.sums),
+            claims={name: found.plus(other.claims[name]) for name, found in self.claims.items()},
+        )
+
 
 def stream(
     source: Source,
     betas: tuple[float, ...],
     *,
     audit: int,
+    start: int = 0,
+    stop: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Totals:
-    """Evaluate every instance of a source at every β and add up.
+    """Evaluate instances of a source at every β and add up.
 
     Args:
         source: where the instances come from.
         betas: the values of β; empty for each instance's own.
-        audit: how many instances are also audited, on the claims that are not judged everywhere.
+        audit: how many instances of the source are also audited, on the claims that are not judged
+            everywhere.
+        start: the first instance, where a tile starts.
+        stop: the one after the last; by default the source's end.
         progress: called with the number of instances done.
     """
     screened = tuple(c for c in claims.CLAIMS if c.judge and c.everywhere)
@@ -113,21 +126,22 @@ def stream(
             sums[column] = _plus(sums[column], tile_sums)
 
     waiting: list[tuple[int, int, Instance, Any]] = []
-    for start in range(0, source.num, source.size):
-        tile, rows = source.tile(start), min(source.size, source.num - start)
+    end = source.num if stop is None else stop
+    for at in range(start, end, source.size):
+        tile, rows = source.tile(at), min(source.size, end - at)
         base, hypotheses = _prepare(tile)
         for column, beta in enumerate(values):
-            at = tile.beta if beta is None else jnp.full_like(tile.beta, beta)
+            values_of_beta = tile.beta if beta is None else jnp.full_like(tile.beta, beta)
             real = np.arange(source.size) < rows
-            pending = _judge(screened, base, hypotheses, at, real, with_sums=True)
-            waiting.append((start, column, tile, pending))
-            if start < audit:
-                real = np.arange(source.size) < min(rows, audit - start)
-                pending = _judge(audited, base, hypotheses, at, real, with_sums=False)
-                waiting.append((start, column, tile, pending))
+            pending = _judge(screened, base, hypotheses, values_of_beta, real, with_sums=True)
+            waiting.append((at, column, tile, pending))
+            if at < audit:
+                real = np.arange(source.size) < min(rows, audit - at)
+                pending = _judge(audited, base, hypotheses, values_of_beta, real, with_sums=False)
+                waiting.append((at, column, tile, pending))
         while len(waiting) > 2 * len(values):  # the device works while the host adds up
             collect(*waiting.pop(0))
-        progress(min(start + source.size, source.num))
+        progress(min(at + source.size, end))
     for item in waiting:
         collect(*item)
     filled = [x for x in sums if x is not None]

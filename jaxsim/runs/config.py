@@ -34,6 +34,8 @@ class RunConfig:
     reward: str = "reward"
     """Which array of the input is the reward."""
     family: Family = field(default_factory=Family)
+    shard: int = 0
+    """Instances that are committed together; 0: sixteen tiles, 131,072 at 32 outputs."""
     audit: int = 8_000
     """How many of the instances are also audited: every claim judged, not only Theorem 2's."""
     confirm: int = 10_000
@@ -47,6 +49,7 @@ class RunConfig:
         limits = {
             "seed": (0, 2**32 - 1),
             "instances": (1, 2**63),
+            "shard": (0, 2**40),
             "audit": (0, 2**63),
             "confirm": (0, 10**7),
             "atlas": (0, 10**9),

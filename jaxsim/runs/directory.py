@@ -1,13 +1,17 @@
 """The run directory: every file appears whole or not at all, and `COMPLETE.json` comes last.
 
 config.toml          what was run, fully resolved
-provenance.json      versions, devices, command, times
+manifest.json        what decides about every byte: configuration's hash, shards, tile, versions
+provenance/*.json    of each attempt: versions, devices, command, times
+shards/              totals of each range of instances, and their hashes
 summary.parquet      one row per value of β
 instances.parquet    one row per instance and β (runs on a file only)
 claims.json, claims.md, counterexample.json, solve.json
 data/*.csv           what each figure shows
 figures/*.pdf, .svg, .png
-COMPLETE.json        names of all files, with their SHA-256
+COMPLETE.json        names of all files but those of provenance/, with their SHA-256
+
+Hashes catch damage, not forgery: whoever can write here can also write the hashes.
 """
 
 import csv
@@ -15,9 +19,14 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import filelock
+
+_PARTIAL = ".partial-"
 
 
 class RunDirectory:
@@ -35,8 +44,20 @@ class RunDirectory:
             OSError: where it cannot be made.
         """
         refuse_if_used(path)
-        path.mkdir(parents=True, exist_ok=True)
-        return cls(path)
+        found = cls(path)
+        found.make()
+        return found
+
+    def make(self) -> None:
+        """Make the directory where there is none.
+
+        Raises:
+            ValueError: where the path is something else.
+            OSError: where it cannot be made.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path}: expected a directory, found a file")
+        self.path.mkdir(parents=True, exist_ok=True)
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
@@ -54,7 +75,7 @@ class RunDirectory:
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         data = content.encode("utf-8") if isinstance(content, str) else content
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".partial-")
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=_PARTIAL)
         try:
             with os.fdopen(handle, "wb") as stream:
                 stream.write(data)
@@ -62,6 +83,7 @@ class RunDirectory:
                 os.fsync(stream.fileno())
             os.chmod(temporary, 0o644)
             os.replace(temporary, target)
+            _sync_folder(target.parent)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -99,20 +121,84 @@ class RunDirectory:
             header, *rows = csv.reader(stream)
         return {h: [_parsed(row[i]) for row in rows] for i, h in enumerate(header)}
 
+    @contextmanager
+    def locked(self, who: str = "run") -> Iterator[None]:
+        """Keep other processes out while this one works as `who`.
+
+        Raises:
+            ValueError: where another is at work.
+        """
+        lock = filelock.FileLock(self.path / f".lock-{who}")
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise ValueError(f"{self.path}: another process is at work in this directory") from None
+        try:
+            yield
+        finally:
+            # While it is held, so that nobody else holds what is deleted.
+            (self.path / f".lock-{who}").unlink(missing_ok=True)
+            lock.release()
+
+    def remove_partial(self) -> None:
+        """Delete what processes that were killed left half-written."""
+        for path in self.path.rglob(f"{_PARTIAL}*"):
+            path.unlink(missing_ok=True)
+
+    def record_attempt(self, facts: dict[str, Any]) -> str:
+        """Write `provenance/attempt-N.json` under the next free number; return its name."""
+        folder = self.path / "provenance"
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            try:
+                (folder / f"attempt-{number}.json").touch(exist_ok=False)
+                break
+            except FileExistsError:
+                number += 1
+        self.write_json(f"provenance/attempt-{number}.json", facts)
+        return f"provenance/attempt-{number}.json"
+
+    def hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of every file that a result consists of, by name."""
+        found = {}
+        for path in sorted(self.path.rglob("*")):
+            name = path.relative_to(self.path).as_posix()
+            skipped = name == "COMPLETE.json" or name.startswith("provenance/")
+            if path.is_file() and not path.name.startswith(".") and not skipped:
+                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return found
+
     def complete(self) -> None:
         """Record the hash of every file, last of all."""
-        files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name != "COMPLETE.json")
-        hashes = {
-            p.relative_to(self.path).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in files
-        }
-        self.write_json("COMPLETE.json", {"schema": 1, "sha256": hashes})
+        self.write_json("COMPLETE.json", {"schema": 1, "sha256": self.hashes()})
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything has been written."""
+        return (self.path / "COMPLETE.json").is_file()
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename last, where the system lets a folder be opened."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def refuse_if_used(path: Path) -> None:
     """Raise a ValueError where `path` is not free to take a run's results."""
     if path.is_dir():
-        if any(path.iterdir()):
+        if (path / "manifest.json").is_file() and not (path / "COMPLETE.json").exists():
+            raise ValueError(
+                f"{path}: there is an unfinished run in it; go on with: jaxsim run --resume {path}"
+            )
+        if any(not child.name.startswith(".") for child in path.iterdir()):
             raise ValueError(f"{path}: the output directory is not empty")
     elif path.exists():
         raise ValueError(f"{path}: expected a directory, found a file")

@@ -3,9 +3,11 @@
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -23,8 +25,10 @@ from jaxsim.engine.tiles import require_dtype
 from jaxsim.families.counter import key_words
 from jaxsim.families.spec import Scalar
 from jaxsim.instance import Instance
+from jaxsim.runs import shards
 from jaxsim.runs.config import RunConfig, SolveConfig, to_toml
 from jaxsim.runs.directory import RunDirectory
+from jaxsim.runs.share import Share
 
 LEVELS = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 _TRACED = 256  # instances whose descent is drawn
@@ -37,6 +41,9 @@ class Report:
 
     stage: Callable[..., None] = lambda name, total, unit="instances": None
     progress: Callable[..., None] = lambda done, note="": None
+    say: Callable[[str], None] = lambda text: None
+    stopping: Callable[[], bool] = lambda: False  # whether the user asked to
+    uninterrupted: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,38 +88,120 @@ def open_source(config: RunConfig | SolveConfig) -> sources.Source:
     return sources.FamilySource(family=family, words=words, num=config.instances)
 
 
-def run(
-    config: RunConfig,
-    source: sources.Source,
-    directory: RunDirectory,
-    argv: list[str],
-    report: Report | None = None,
-) -> Results:
-    """Do the main job and write everything but the figures and the last file.
+def begin(
+    config: RunConfig, source: sources.Source, directory: RunDirectory, *, allow_mixed: bool = False
+) -> list[str]:
+    """Start a run in a directory, or go on with the one that is there.
 
     Args:
         config: what to compute.
         source: where the instances come from (`open_source`).
         directory: where the results go.
-        argv: the command, for the record.
+        allow_mixed: whether to go on although versions, type or tile are others.
+
+    Returns:
+        What is mixed.
+
+    Raises:
+        ValueError: where the directory holds another run.
+    """
+    wanted = shards.manifest(config, source)
+    stored = directory.read_json("manifest.json")
+    if stored is None:
+        directory.write("config.toml", to_toml(config))
+        directory.write_json("manifest.json", wanted)
+        return []
+    found = shards.differences(stored, wanted)
+    divided = not isinstance(stored, dict) or stored.get("shards") != wanted["shards"]
+    if found and (divided or not allow_mixed):
+        hint = "" if divided else "; --allow-mixed goes on all the same, and records it"
+        raise ValueError(f"{directory.path}: begun with other {'; '.join(found)}{hint}")
+    return found
+
+
+class Stopped(Exception):
+    """The user asked to stop, and what was in hand has been committed."""
+
+
+def compute(
+    config: RunConfig,
+    source: sources.Source,
+    directory: RunDirectory,
+    share: Share,
+    report: Report,
+) -> None:
+    """Compute and commit every shard of a share that is not there yet.
+
+    Raises:
+        Stopped: where the user asked for it, after the shard in hand.
+    """
+    divided = shards.plan(config, source)
+    mine = [index for index in range(divided.count) if index in share]
+    todo = []
+    for index in mine:
+        try:
+            if shards.committed(directory, divided, index) is None:
+                todo.append(index)
+        except shards.Damaged as error:
+            report.say(f"{error}: computing it again")
+            todo.append(index)
+    sizes = {index: stop - start for index in todo for start, stop in [divided.range(index)]}
+    report.stage("evaluating", sum(sizes.values()))
+    done = 0
+    with report.uninterrupted():
+        for index in todo:
+            start, stop = divided.range(index)
+            totals = stream(
+                source,
+                config.betas,
+                audit=config.audit,
+                start=start,
+                stop=stop,
+                progress=partial(_forward, report, done - start),
+            )
+            shards.commit(directory, divided, index, totals)
+            done += sizes[index]
+            if report.stopping() and index != todo[-1]:
+                raise Stopped(f"stopped after {index + 1} of {divided.count} shards")
+
+
+def _forward(report: Report, offset: int, at: int) -> None:
+    report.progress(at + offset)
+
+
+def run(
+    config: RunConfig,
+    source: sources.Source,
+    directory: RunDirectory,
+    report: Report | None = None,
+) -> Results:
+    """Do the main job and write everything but the figures and the last file.
+
+    What shards are there already is not computed again.
+
+    Args:
+        config: what to compute.
+        source: where the instances come from (`open_source`).
+        directory: where the results go; `begin` has been called on it.
         report: where to tell how far it is.
+
+    Raises:
+        Stopped: where the user asked for it; the run can go on later.
     """
     report = report or Report()
-    started = time.time()
-    directory.write("config.toml", to_toml(config))
     pool = ThreadPoolExecutor(max_workers=1)
     try:
         # Beside the stream, since compiling these takes longer than running them.
         confirming = pool.submit(_confirmation, config, source)
         mapping = pool.submit(_atlas, config, source)
-        report.stage("evaluating", source.num)
-        totals = stream(source, config.betas, audit=config.audit, progress=report.progress)
-        evaluated = time.time()
+        compute(config, source, directory, Share(), report)
         report.stage("confirming by descent", 0)
         solved, convergence = confirming.result()
         cells = mapping.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+    directory.remove_partial()
+    totals = shards.combined(directory, shards.plan(config, source))
     tables: dict[str, dict[str, list[Any]]] = {}
     tables["tpm_by_beta"], tables["alpha_to_tpm"] = _bands(totals)
     cells[source.outputs] = totals.sums.hypotheses_hold, totals.sums.violations
@@ -143,15 +232,26 @@ def run(
 
     results = Results(totals=totals, rows=rows, tables=tables, solve=solved)
     _write(directory, results)
-    directory.write_json(
-        "provenance.json",
-        provenance(argv, started)
-        | {
-            "seconds_evaluating": evaluated - started,
-            "instances_per_second": source.num / (evaluated - started),
-        },
-    )
     return results
+
+
+@contextmanager
+def attempt(directory: RunDirectory, argv: list[str], mixed: list[str]) -> Iterator[None]:
+    """Record an attempt at a run in its provenance, and in the end how it ended."""
+    started, clock = time.time(), time.monotonic()
+    facts = provenance(argv, started) | {"mixed": mixed, "ended": "it did not: killed"}
+    name = directory.record_attempt(facts)
+    ended = "failed"
+    try:
+        yield
+        ended = "done"
+    except (Stopped, KeyboardInterrupt):
+        ended = "interrupted"
+        raise
+    finally:
+        facts |= {"ended": ended, "seconds": time.monotonic() - clock}
+        with suppress(OSError):  # a full disk must not hide why it failed
+            directory.write_json(name, facts)
 
 
 def provenance(argv: list[str], started: float) -> dict[str, Any]:
@@ -161,7 +261,6 @@ def provenance(argv: list[str], started: float) -> dict[str, Any]:
         "versions": versions(),
         "devices": [str(d) for d in jax.devices()],
         "started_unix": started,
-        "seconds": time.time() - started,
     }
 
 

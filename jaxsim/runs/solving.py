@@ -19,7 +19,7 @@ from jaxsim.engine.loop import Trace, default_tolerance, solve, trace
 from jaxsim.instance import Instance
 from jaxsim.runs.config import SolveConfig, to_toml
 from jaxsim.runs.directory import RunDirectory
-from jaxsim.runs.job import Report, convergence_columns, provenance
+from jaxsim.runs.job import Report, convergence_columns
 
 LABELS = {
     "default": "Rprop (default)",
@@ -79,7 +79,6 @@ def compare(
     config: SolveConfig,
     source: sources.Source,
     directory: RunDirectory,
-    argv: list[str],
     report: Report | None = None,
 ) -> Comparison:
     """Solve and write everything but the figures and the last file.
@@ -88,11 +87,9 @@ def compare(
         config: what to compute.
         source: where the instances come from (`open_source`).
         directory: where the results go.
-        argv: the command, for the record.
         report: where to tell how far it is.
     """
     report = report or Report()
-    started = time.time()
     directory.write("config.toml", to_toml(config))
     report.stage("drawing", 0)
     drawn = sources.sample(source, config.instances, config.betas)
@@ -161,7 +158,6 @@ def compare(
     directory.write_parquet("missed.parquet", missed)
     directory.write_json("solve.json", facts)
     directory.write("solve.md", markdown(comparison, by_beta=True))
-    directory.write_json("provenance.json", provenance(argv, started))
     return comparison
 
 
