@@ -225,11 +225,9 @@ def _parse(argv: list[str]) -> Any:
                 description="Exact, vectorised simulation of what preference tuning does to an "
                 "output distribution.",
             )
-        expected = configured.get(argv[0]) if argv else None
-        if expected is not None and command.config != expected.config:
-            raise ValueError(
-                f"{command.config}: the configuration file comes right after '{argv[0]}'"
-            )
+        given = getattr(command, "config", None)
+        if given != getattr(configured.get(argv[0] if argv else ""), "config", None):
+            raise ValueError(f"{given}: the configuration file comes right after '{argv[0]}'")
         return command
 
 
@@ -264,6 +262,9 @@ def _run(command: Run, argv: list[str]) -> int:
             place = RunDirectory(command.resume)
             config = manage.settings(place)
             manage.explicit(command.settings, config, command.resume)
+            if place.is_complete:
+                print(f"{command.resume}: the run is complete; there is nothing left to do")
+                return 0
         elif share:
             if command.out is None:
                 raise ValueError("--worker needs --out, the directory that all workers share")
@@ -439,7 +440,7 @@ def _job(
     _prepare(config.family.dtype)
     if not is_trusted(jax.devices()[0].platform):
         print(f"jaxsim: {UNTRUSTED}", file=sys.stderr)
-    who = f"worker-{share.number}-of-{share.of}" if share else "run"
+    who = f"worker-{share.number}-of-{share.of}" if share else ""
     with _user_input():
         source = job.open_source(config)
         place.make()

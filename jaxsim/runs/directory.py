@@ -27,6 +27,7 @@ from typing import Any
 import filelock
 
 _PARTIAL = ".partial-"
+_LOCK = ".lock-"
 
 
 class RunDirectory:
@@ -95,7 +96,10 @@ class RunDirectory:
     def read_json(self, name: str) -> Any:
         """Read a JSON file of this run, or None where there is none."""
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except ValueError:
+            raise ValueError(f"{self.path}: {name} is not JSON") from None
 
     def write_parquet(self, name: str, columns: dict[str, Any]) -> None:
         """Write a table given as columns."""
@@ -122,23 +126,26 @@ class RunDirectory:
         return {h: [_parsed(row[i]) for row in rows] for i, h in enumerate(header)}
 
     @contextmanager
-    def locked(self, who: str = "run") -> Iterator[None]:
-        """Keep other processes out while this one works as `who`.
+    def locked(self, worker: str = "") -> Iterator[None]:
+        """Keep other processes out while this one works: all of them, or those as the same worker.
 
         Raises:
             ValueError: where another is at work.
         """
-        lock = filelock.FileLock(self.path / f".lock-{who}")
+        mine = self.path / f"{_LOCK}{worker or 'run'}"
+        others = [self.path / f"{_LOCK}run"] if worker else sorted(self.path.glob(f"{_LOCK}*"))
+        held = [filelock.FileLock(path) for path in dict.fromkeys([mine, *others])]
         try:
-            lock.acquire(blocking=False)
+            for lock in held:
+                lock.acquire(blocking=False)
+            if worker:
+                _release(held.pop())
+            yield
         except filelock.Timeout:
             raise ValueError(f"{self.path}: another process is at work in this directory") from None
-        try:
-            yield
         finally:
-            # While it is held, so that nobody else holds what is deleted.
-            (self.path / f".lock-{who}").unlink(missing_ok=True)
-            lock.release()
+            for lock in held:
+                _release(lock)
 
     def remove_partial(self) -> None:
         """Delete what processes that were killed left half-written."""
@@ -177,6 +184,13 @@ class RunDirectory:
     def is_complete(self) -> bool:
         """Whether everything has been written."""
         return (self.path / "COMPLETE.json").is_file()
+
+
+def _release(lock: filelock.BaseFileLock) -> None:
+    """Release a lock that is held, and delete its file while nobody else can hold it."""
+    if lock.is_locked:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _sync_folder(path: Path) -> None:

@@ -36,13 +36,15 @@ def plan_of(directory: RunDirectory) -> shards.Plan:
         ValueError: where there is none.
     """
     stored = directory.read_json("manifest.json")
+    if stored is None:
+        raise ValueError(f"{directory.path}: there is no run in it (no manifest.json)")
     try:
         part = stored["shards"]
         found = shards.Plan(
             instances=int(part["instances"]), rows=int(part["rows"]), betas=int(part["betas"])
         )
     except (TypeError, KeyError, ValueError):
-        raise ValueError(f"{directory.path}: there is no run in it (no manifest.json)") from None
+        raise ValueError(f"{directory.path}: manifest.json is damaged") from None
     if not (found.rows > 0 and found.instances > 0 and 0 < found.betas <= 1 << 20):
         raise ValueError(f"{directory.path}: manifest.json is damaged")
     return found
@@ -121,7 +123,6 @@ def estimate(config: RunConfig, source: sources.Source) -> dict[str, Any]:
         stream(source, config.betas, audit=0, stop=min(source.size, source.num))
         done += min(source.size, source.num)
     rate = done / (time.monotonic() - started)
-    arrays = 3 * source.outputs * np.dtype(config.family.dtype).itemsize
     return {
         "instances": divided.instances,
         "betas": divided.betas,
@@ -129,11 +130,20 @@ def estimate(config: RunConfig, source: sources.Source) -> dict[str, Any]:
         "tiles": -(-divided.instances // source.size),
         "shards": divided.count,
         "instances per shard": divided.rows,
-        "bytes in memory per tile": 40 * arrays * source.size // 3,
+        "bytes in memory, at most": _peak_memory(),
         "bytes on disk": divided.count * (len(shards.archive(once)) + 400),
         "instances per second": rate,
         "seconds to evaluate": divided.instances / rate,
     }
+
+
+def _peak_memory() -> int:
+    """Return the largest amount of memory that this process has held, in bytes."""
+    import resource
+    import sys
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def explicit(given: RunConfig, stored: RunConfig, path: Path) -> None:
