@@ -52,6 +52,15 @@ class Run:
     worker: Annotated[str, _shown_as("I/N", "1/1, and finish the run")] = ""
     """Compute every N-th shard, from the I-th on, into a directory that N workers share; then
     jaxsim merge DIR."""
+    distributed: bool = False
+    """One of several processes that know of each other and share the directory: those of a Slurm
+    job, or as the next three options say."""
+    coordinator: Annotated[str, _shown_as("HOST:PORT", "as the scheduler says")] = ""
+    """Where process 0 listens for the others."""
+    processes: int = 0
+    """How many there are."""
+    process: int = 0
+    """Which this one is, from 0 on."""
     allow_mixed: bool = False
     """Go on although the run was begun with another version of JAX, device, type or tile."""
     no_figures: bool = False
@@ -253,6 +262,10 @@ def _run(command: Run, argv: list[str]) -> int:
     from jaxsim.runs.directory import RunDirectory, refuse_if_used
 
     config, share = command.settings, None
+    if command.distributed:
+        code = _with_peers(command, argv)
+        if code is not None:
+            return code
     with _user_input():
         if command.worker:
             share = _share(command.worker)
@@ -265,7 +278,7 @@ def _run(command: Run, argv: list[str]) -> int:
             if place.is_complete:
                 print(f"{command.resume}: the run is complete; there is nothing left to do")
                 return 0
-        elif share:
+        elif share or command.distributed:
             if command.out is None:
                 raise ValueError("--worker needs --out, the directory that all workers share")
             place = RunDirectory(command.out)
@@ -278,8 +291,45 @@ def _run(command: Run, argv: list[str]) -> int:
         argv,
         figures=not command.no_figures,
         share=share,
+        distributed=command.distributed,
         allow_mixed=command.allow_mixed,
     )
+
+
+def _with_peers(command: Run, argv: list[str]) -> int | None:
+    """Join the other processes of a run; return an exit code where that is done for this one."""
+    target = command.resume or command.out
+    with _user_input():
+        if command.worker or target is None:
+            raise ValueError("--distributed needs --out or --resume, a directory that all share")
+
+        from jaxsim.runs import distributed
+
+        distributed.check(command.coordinator, command.processes, command.process)
+    code = distributed.supervise(
+        argv,
+        "a process of this run has ended, and JAX ended this one; committed shards are kept; go on "
+        f"with: jaxsim run --resume {target}",
+    )
+    if code is None:
+        with _user_input(), _leaving(target):
+            distributed.join(command.coordinator, command.processes, command.process)
+    return code
+
+
+@contextmanager
+def _leaving(path: Path) -> Iterator[None]:
+    """End at once, in one sentence, where a peer is lost."""
+    from jaxsim.runs.distributed import PeerLost, leave
+
+    try:
+        yield
+    except PeerLost as lost:
+        print(
+            f"jaxsim: {lost}; committed shards are kept; go on with: jaxsim run --resume {path}",
+            file=sys.stderr,
+        )
+        leave(1)
 
 
 def _share(text: str) -> "Share":
@@ -429,6 +479,7 @@ def _job(
     *,
     figures: bool,
     share: "Share | None" = None,
+    distributed: bool = False,
     allow_mixed: bool = False,
 ) -> int:
     """Compute a run, or a share of its shards, in a directory that may hold some of them."""
@@ -441,25 +492,36 @@ def _job(
     if not is_trusted(jax.devices()[0].platform):
         print(f"jaxsim: {UNTRUSTED}", file=sys.stderr)
     who = f"worker-{share.number}-of-{share.of}" if share else ""
+    if distributed:
+        who = f"process-{jax.process_index()}-of-{jax.process_count()}"
     with _user_input():
         source = job.open_source(config)
         place.make()
     with ExitStack() as stack:
         with _user_input():
             stack.enter_context(place.locked(who))
-            mixed = job.begin(config, source, place, allow_mixed=allow_mixed)
+            mixed = []
+            if not distributed:
+                mixed = job.begin(config, source, place, allow_mixed=allow_mixed)
         report = stack.enter_context(_reporting())
         stack.enter_context(_kept(place.path))
         stack.enter_context(job.attempt(place, ["jaxsim", *argv], mixed))
-        if share:
+        results: Results | None = None
+        if distributed:
+            from jaxsim.runs.distributed import run
+
+            with _user_input(), _leaving(place.path):
+                results = run(config, source, place, report, allow_mixed=allow_mixed)
+        elif share:
             job.compute(config, source, place, share, report)
         else:
             results = job.run(config, source, place, report)
+        if results:
             _finish(place, figures, report)
-    if share:
-        print(f"The shards of worker {share.number}/{share.of} are in {place.path}")
-    else:
+    if results:
         _print_results(results, place.path)
+    else:
+        print(f"The shards of {who.replace('-', ' ')} are in {place.path}")
     return 0
 
 
