@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from jaxsim.grid import Grid as Grid
     from jaxsim.instance import Instance as Instance
     from jaxsim.logspace import kl_divergence as kl_divergence
+    from jaxsim.runs.summary import to_xarray as to_xarray
     from jaxsim.theorem.bounds import TpmBounds as TpmBounds
     from jaxsim.theorem.bounds import worst_case_shift as worst_case_shift
     from jaxsim.theorem.certify import certify as certify
@@ -84,6 +85,7 @@ _HOME = {
     "sufficient_beta": "engine.lift",
     "take_back_logits": "tilting",
     "theorem2": "engine.lift",
+    "to_xarray": "runs.summary",
     "tpm": "engine.lift",
     "tpm_bounds": "engine.lift",
     "worst_case_shift": "theorem.bounds",

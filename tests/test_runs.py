@@ -7,14 +7,17 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jaxtyping
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+import jaxsim
 from jaxsim.cli import main
 from jaxsim.engine.stream import Totals, stream
 from jaxsim.runs import manage, shards
@@ -389,6 +392,70 @@ def test_an_interrupt_finishes_the_shard_in_hand(tmp_path: Path) -> None:
     assert committed.done == int(last.split()[3]) and not committed.damaged
     attempts = [json.loads(p.read_text()) for p in out.glob("provenance/*.json")]
     assert [attempt["ended"] for attempt in attempts] == ["interrupted"]
+
+
+def test_saved_instances_are_what_evaluate_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    saving = [*SETTINGS, "--instances", "10000", "--save", "instances", "--out", run]
+    assert call(*saving) == 0
+    files = sorted(run.glob("instances/*.parquet"))
+    assert [path.name for path in files] == [f"instances-00000{i}.parquet" for i in range(2)]
+    opened = [pq.ParquetFile(path) for path in files]
+    assert [file.num_row_groups for file in opened] == [2, 2]  # one per tile and β
+    table = {k: np.concatenate([f.read()[k].to_numpy() for f in opened]) for k in COLUMNS}
+    batch = jax.device_get(jaxsim.sample_instances(jax.random.key(0), CONFIG.family, 10_000))
+    for beta in CONFIG.betas:
+        mine = table["beta"] == beta
+        np.testing.assert_array_equal(np.sort(table["instance"][mine]), np.arange(10_000))
+        order = np.argsort(table["instance"][mine])
+        expected = jaxsim.evaluate(replace(batch, beta=np.full_like(batch.beta, beta)))
+        for name in ("log_odds_shift", "kl"):
+            np.testing.assert_allclose(
+                table[name][mine][order], getattr(expected, name), rtol=1e-4, atol=1e-5
+            )
+    summary = pq.read_table(run / "summary.parquet").to_pydict()
+    for at, beta in enumerate(CONFIG.betas):
+        hold = (table["beta"] == beta) & (table["hypotheses_hold"] == 1)
+        assert hold.sum() == summary["hypotheses_hold"][at]
+        assert (hold & (table["conclusion"] == -1)).sum() == summary["violations"][at]
+    (run / "COMPLETE.json").unlink()
+    files[0].write_bytes(files[0].read_bytes()[:-1])
+    files[1].unlink()
+    assert call("status", run) == 0
+    shown = capsys.readouterr().out
+    assert "instances-000000.parquet does not fit its hash" in shown
+    assert "instances-000001.parquet is missing" in shown
+
+
+COLUMNS = ("instance", "beta", "log_odds_shift", "kl", "hypotheses_hold", "conclusion")
+
+
+def test_a_summary_as_xarray(done: Path, tmp_path: Path) -> None:
+    found = jaxsim.to_xarray(done)
+    table = pq.read_table(done / "summary.parquet").to_pydict()
+    for name, expected in table.items():
+        np.testing.assert_array_equal(found[name], expected)
+    assert found.share_by_outputs.sel(outputs=32, beta=0.1) == pytest.approx(
+        table["violations"][0] / table["hypotheses_hold"][0]
+    )
+    assert "seed = 0" in found.attrs["config"]
+    with pytest.raises(ValueError, match="not a finished run"):
+        jaxsim.to_xarray(tmp_path)
+
+
+def test_a_link_out_of_the_directory_is_refused(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for path in sorted((copy / "data").iterdir()):
+        path.unlink()
+    (copy / "data").rmdir()
+    (copy / "data").symlink_to(tmp_path / "elsewhere")
+    assert call("run", "--resume", copy, "--no-figures") == 2
+    assert "a link leads out of the run directory" in capsys.readouterr().err
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_plan_estimates(capsys: pytest.CaptureFixture[str]) -> None:

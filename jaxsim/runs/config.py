@@ -36,6 +36,9 @@ class RunConfig:
     family: Family = field(default_factory=Family)
     shard: int = 0
     """Instances that are committed together; 0: sixteen tiles, 131,072 at 32 outputs."""
+    save: Literal["totals", "instances"] = "totals"
+    """totals: sums, counts and quantiles alone. instances: also a Parquet file per shard, with a
+    row for each instance and beta."""
     audit: int = 8_000
     """How many of the instances are also audited: every claim judged, not only Theorem 2's."""
     confirm: int = 10_000
@@ -56,6 +59,8 @@ class RunConfig:
         }
         _check_limits(self, limits)
         if self.input:
+            if self.save == "instances":
+                raise ValueError("save is 'instances', but a run on a file always saves them")
             for name in ("instances", "family"):
                 value, default = getattr(self, name), getattr(RunConfig, name, None)
                 if name == "family":

@@ -8,6 +8,7 @@ summary.parquet      one row per value of β
 instances.parquet    one row per instance and β (runs on a file only)
 claims.json, claims.md, counterexample.json, solve.json
 data/*.csv           what each figure shows
+instances/*.parquet  a row per instance and β, where these are saved
 figures/*.pdf, .svg, .png
 COMPLETE.json        names of all files but those of provenance/, with their SHA-256
 
@@ -15,6 +16,7 @@ Hashes catch damage, not forgery: whoever can write here can also write the hash
 """
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +24,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import filelock
 
@@ -73,13 +75,20 @@ class RunDirectory:
 
     def write(self, name: str, content: bytes | str) -> None:
         """Write a file so that it is there whole or not at all."""
+        with self.writing(name) as stream:
+            stream.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """Open a file that is there, whole, once the block has ended without an error."""
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        data = content.encode("utf-8") if isinstance(content, str) else content
+        if not target.parent.resolve().is_relative_to(self.path.resolve()):
+            raise OSError(errno.EPERM, "a link leads out of the run directory", str(target.parent))
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=_PARTIAL)
         try:
             with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
+                yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             os.chmod(temporary, 0o644)

@@ -20,7 +20,7 @@ from jaxsim.descent import Status
 from jaxsim.engine.loop import default_tolerance, solve, trace
 from jaxsim.engine.simulate import survey
 from jaxsim.engine.stream import ClaimTotal, Totals, quantiles, stream
-from jaxsim.engine.table import per_instance
+from jaxsim.engine.table import blocks, per_instance
 from jaxsim.engine.tiles import require_dtype
 from jaxsim.families.counter import key_words
 from jaxsim.families.spec import Scalar
@@ -159,6 +159,9 @@ def compute(
                 stop=stop,
                 progress=partial(_forward, report, done - start),
             )
+            if config.save == "instances":
+                tables = blocks(source, config.betas, start, stop)
+                shards.save_instances(directory, index, tables)
             shards.commit(directory, divided, index, totals)
             done += sizes[index]
             if report.stopping() and index != todo[-1]:

@@ -12,7 +12,7 @@ import json
 import math
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -105,9 +105,33 @@ def name(index: int) -> str:
     return f"shards/shard-{index:06d}"
 
 
+def save_instances(directory: RunDirectory, index: int, tables: Iterable[dict[str, Any]]) -> None:
+    """Write the rows of a shard's instances, a row group for each table."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with directory.writing(instances_name(index)) as stream:
+        writer = None
+        for columns in tables:
+            table = pyarrow.table(columns)
+            writer = writer or pyarrow.parquet.ParquetWriter(stream, table.schema)
+            writer.write_table(table)
+        if writer:
+            writer.close()
+
+
+def instances_name(index: int) -> str:
+    """Return the name of the file with the rows of a shard's instances."""
+    return f"instances/instances-{index:06d}.parquet"
+
+
 def commit(directory: RunDirectory, divided: Plan, index: int, totals: Totals) -> None:
-    """Write a shard: its totals, then the file that makes them count."""
+    """Write a shard: its totals, then the file that makes them count.
+
+    What `save_instances` wrote for it counts from then on too.
+    """
     data = archive(totals)
+    rows = directory.path / instances_name(index)
     start, stop = divided.range(index)
     directory.write(f"{name(index)}.npz", data)
     directory.write_json(
@@ -120,7 +144,8 @@ def commit(directory: RunDirectory, divided: Plan, index: int, totals: Totals) -
             "invalid": totals.sums.invalid.tolist(),
             "sha256": hashlib.sha256(data).hexdigest(),
             "jax": jax.__version__,
-        },
+        }
+        | ({"instances_sha256": _file_hash(rows)} if rows.exists() else {}),
     )
 
 
@@ -151,6 +176,12 @@ def committed(directory: RunDirectory, divided: Plan, index: int) -> Totals | No
     data = _regular(data_path)
     if hashlib.sha256(data).hexdigest() != side.get("sha256"):
         raise Damaged(f"{data_path.name} does not fit its hash")
+    if "instances_sha256" in side:
+        rows = directory.path / instances_name(index)
+        if not rows.is_file() or rows.is_symlink():
+            raise Damaged(f"{rows.name} is missing")
+        if _file_hash(rows) != side["instances_sha256"]:
+            raise Damaged(f"{rows.name} does not fit its hash")
     return _totals(data_path.name, data, divided)
 
 
@@ -187,6 +218,11 @@ def states(directory: RunDirectory, divided: Plan) -> Iterator[tuple[int, str]]:
             yield index, "" if committed(directory, divided, index) else "missing"
         except Damaged as error:
             yield index, str(error)
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _regular(path: Path) -> bytes:
