@@ -30,9 +30,25 @@ if TYPE_CHECKING:
     from jaxsim.families.spec import Family as Family
     from jaxsim.families.spec import Rewards as Rewards
     from jaxsim.families.spec import Scalar as Scalar
+    from jaxsim.feedback import FittedReward as FittedReward
+    from jaxsim.feedback import expected_pairs as expected_pairs
+    from jaxsim.feedback import fit_reward as fit_reward
+    from jaxsim.feedback import sample_pairs as sample_pairs
     from jaxsim.grid import Grid as Grid
     from jaxsim.instance import Instance as Instance
     from jaxsim.logspace import kl_divergence as kl_divergence
+    from jaxsim.methods.listwise import kto_loss as kto_loss
+    from jaxsim.methods.listwise import lipo_loss as lipo_loss
+    from jaxsim.methods.listwise import plackett_luce_dpo_loss as plackett_luce_dpo_loss
+    from jaxsim.methods.pairwise import dpo_loss as dpo_loss
+    from jaxsim.methods.pairwise import exo_loss as exo_loss
+    from jaxsim.methods.pairwise import hinge_loss as hinge_loss
+    from jaxsim.methods.pairwise import ipo_loss as ipo_loss
+    from jaxsim.methods.pairwise import orpo_loss as orpo_loss
+    from jaxsim.methods.pairwise import reward_model_loss as reward_model_loss
+    from jaxsim.methods.pairwise import robust_dpo_loss as robust_dpo_loss
+    from jaxsim.methods.pairwise import simpo_loss as simpo_loss
+    from jaxsim.methods.pairwise import slic_loss as slic_loss
     from jaxsim.runs.summary import to_xarray as to_xarray
     from jaxsim.theorem.bounds import TpmBounds as TpmBounds
     from jaxsim.theorem.bounds import worst_case_shift as worst_case_shift
@@ -52,10 +68,11 @@ __version__ = "0.1.0"
 _HOME = {
     "Components": "families.spec",
     "Conditions": "theorem.ladder",
-    "CriticalBetas": "theorem.critical",
     "Counterexample": "engine.search",
+    "CriticalBetas": "theorem.critical",
     "Evaluation": "tilting",
     "Family": "families.spec",
+    "FittedReward": "feedback",
     "Grid": "grid",
     "Instance": "instance",
     "MixtureWeights": "tilting",
@@ -70,17 +87,32 @@ _HOME = {
     "certify": "theorem.certify",
     "conditions": "engine.lift",
     "critical_betas": "theorem.critical",
+    "dpo_loss": "methods.pairwise",
     "evaluate": "engine.lift",
     "evaluate_grid": "engine.lift",
+    "exo_loss": "methods.pairwise",
+    "expected_pairs": "feedback",
     "find_counterexample": "engine.search",
+    "fit_reward": "feedback",
+    "hinge_loss": "methods.pairwise",
+    "ipo_loss": "methods.pairwise",
     "kl_divergence": "logspace",
+    "kto_loss": "methods.listwise",
+    "lipo_loss": "methods.listwise",
     "mixture_weights": "engine.lift",
     "natural_gradient": "descent",
     "objective": "engine.lift",
     "optimal_policy": "engine.lift",
+    "orpo_loss": "methods.pairwise",
+    "plackett_luce_dpo_loss": "methods.listwise",
+    "reward_model_loss": "methods.pairwise",
+    "robust_dpo_loss": "methods.pairwise",
     "safe_for_any_components": "theorem.ladder",
     "sample_instances": "engine.tiles",
+    "sample_pairs": "feedback",
+    "simpo_loss": "methods.pairwise",
     "simulate": "engine.simulate",
+    "slic_loss": "methods.pairwise",
     "solve": "engine.loop",
     "sufficient_beta": "engine.lift",
     "take_back_logits": "tilting",

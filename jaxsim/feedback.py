@@ -1,0 +1,187 @@
+"""Preferences over a prompt's outputs: who wins by Bradley and Terry's model, and rewards from it.
+
+Feedback on pairs is a matrix of wins [outputs, outputs]: how often, or with which probability, the
+output of the row was preferred to that of the column. Exact expectations and samples are the same
+kind of thing, and `fit_reward` takes either.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+from scipy.sparse.csgraph import connected_components
+
+
+def expected_pairs(
+    reward: ArrayLike,
+    sampling: ArrayLike,
+    *,
+    flip: float = 0.0,
+    compared: ArrayLike | None = None,
+) -> Float[Array, "outputs outputs"]:
+    """Return the probability of each (chosen, rejected) pair under Bradley and Terry's model.
+
+    Two outputs are drawn independently from μ, and until they differ and are comparable; the first
+    wins with probability (1-ε) σ(r - r') + ε σ(r' - r).
+
+    Args:
+        reward: r, [outputs].
+        sampling: μ, a probability for each output, [outputs].
+        flip: ε, the chance that a label is flipped, 0 ≤ ε ≤ ½.
+        compared: which pairs may be drawn, [outputs, outputs], true or false; by default all.
+
+    Returns:
+        A matrix that sums to one, with a diagonal of zeros: row chosen, column rejected.
+
+    Raises:
+        ValueError: for an ε outside [0, ½], or shapes that do not fit.
+
+    Source:
+        Bradley and Terry 1952.
+
+    Example:
+        >>> from jaxsim import expected_pairs
+        >>> print(expected_pairs([0., 0.], [.5, .5]))
+        [[0.  0.5]
+         [0.5 0. ]]
+    """
+    r, mu = jnp.asarray(reward), jnp.asarray(sampling)
+    if r.ndim != 1 or mu.shape != r.shape:
+        raise ValueError(
+            f"reward has shape {r.shape} and sampling {mu.shape}; expected [outputs] both"
+        )
+    if not 0 <= flip <= 0.5:
+        raise ValueError(f"flip is {flip}; expected 0 to 0.5")
+    wins = jax.nn.sigmoid(r[:, None] - r[None])
+    wins = (1 - flip) * wins + flip * wins.T
+    drawn = mu[:, None] * mu[None] * (1 - jnp.eye(r.size, dtype=mu.dtype))
+    if compared is not None:
+        allowed = jnp.asarray(compared, bool)
+        drawn = jnp.where(allowed | allowed.T, drawn, 0.0)
+    return drawn * wins / jnp.sum(drawn * wins)
+
+
+def sample_pairs(
+    key: jax.Array, expected: Float[Array, "outputs outputs"], num: int
+) -> Int[Array, "outputs outputs"]:
+    """Draw so many preferences; return how often each output of a row beat that of a column.
+
+    Args:
+        key: a typed key.
+        expected: the probability of each pair (`expected_pairs`).
+        num: how many, at least 1.
+
+    Returns:
+        Counts that sum to `num`.
+
+    Raises:
+        ValueError: for num < 1.
+
+    Example:
+        >>> import jax
+        >>> from jaxsim import expected_pairs, sample_pairs
+        >>> int(sample_pairs(jax.random.key(0), expected_pairs([0., 1.], [.5, .5]), 10).sum())
+        10
+    """
+    if num < 1:
+        raise ValueError(f"num is {num}; expected at least 1")
+    flat = expected.reshape(-1)
+    drawn = jax.random.categorical(key, jnp.where(flat > 0, jnp.log(flat), -jnp.inf), shape=(num,))
+    return jnp.bincount(drawn, length=flat.size).reshape(expected.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedReward:
+    """A Bradley–Terry reward by maximum likelihood.
+
+    Attributes:
+        reward: of mean zero within each component; nan where the likelihood has no maximum,
+            [outputs].
+        component: which outputs are connected by comparisons, numbered from 0, [outputs]. Rewards
+            of different components cannot be compared.
+        exists: whether each output's component has a maximum, [outputs]: just where its graph of
+            wins is strongly connected (Ford 1957).
+        newton_steps: taken.
+    """
+
+    reward: np.ndarray
+    component: np.ndarray
+    exists: np.ndarray
+    newton_steps: int
+
+
+def fit_reward(wins: ArrayLike, *, max_steps: int = 100) -> FittedReward:
+    """Fit a Bradley–Terry reward by maximum likelihood, on the host, in float64.
+
+    Newton's method, whose steps halve until the likelihood grows, until a step moves no reward by
+    more than 1e-12; the likelihood is concave.
+
+    Args:
+        wins: how often (or with which probability) the row's output beat the column's,
+            [outputs, outputs], none negative; the diagonal is ignored.
+        max_steps: at most so many.
+
+    Returns:
+        A `FittedReward`.
+
+    Raises:
+        ValueError: for wins of another shape, negative or not finite; RuntimeError where max_steps
+            do not suffice.
+
+    Source:
+        Bradley and Terry 1952; Ford 1957 for existence.
+
+    Example:
+        >>> from jaxsim import fit_reward
+        >>> print(fit_reward([[0, 3], [1, 0]]).reward.round(4))  # ± log(3)/2
+        [ 0.5493 -0.5493]
+    """
+    counts = np.array(wins, np.float64)
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or not counts.size:
+        raise ValueError(f"wins has shape {counts.shape}; expected [outputs, outputs]")
+    if not np.all(np.isfinite(counts)) or np.any(counts < 0):
+        raise ValueError("wins holds a negative number, nan or infinity")
+    np.fill_diagonal(counts, 0)
+    _, component = connected_components(counts > 0, connection="weak")
+    _, strong = connected_components(counts > 0, connection="strong")
+    reward, exists, steps = np.full(len(counts), np.nan), np.zeros(len(counts), bool), 0
+    for number in np.unique(component):
+        mine = np.flatnonzero(component == number)
+        if len(np.unique(strong[mine])) == 1:
+            exists[mine] = True
+            reward[mine], taken = _newton(counts[np.ix_(mine, mine)], max_steps)
+            steps = max(steps, taken)
+    return FittedReward(reward=reward, component=component, exists=exists, newton_steps=steps)
+
+
+def _newton(wins: np.ndarray, max_steps: int) -> tuple[np.ndarray, int]:
+    """Return the rewards, of mean zero, of outputs that are strongly connected by wins."""
+    if len(wins) == 1:
+        return np.zeros(1), 0
+    wins = wins / wins.sum()
+    games, reward = wins + wins.T, np.zeros(len(wins))
+
+    def likelihood(r: np.ndarray) -> Any:
+        return -np.sum(wins * np.logaddexp(0, r[None] - r[:, None]))
+
+    for step in range(max_steps):
+        chance = 1 / (1 + np.exp(reward[None] - reward[:, None]))
+        gradient = wins.sum(axis=1) - (games * chance).sum(axis=1)
+        curvature = games * chance * chance.T
+        hessian = np.diag(curvature.sum(axis=1)) - curvature
+        # The constant direction is free: fixing it makes the matrix invertible.
+        move = np.linalg.solve(hessian + hessian.trace() / len(wins) ** 2, gradient)
+        move -= move.mean()
+        size, before = 1.0, likelihood(reward)
+        while np.max(np.abs(size * move)) > 1e-12 and likelihood(reward + size * move) < before:
+            size /= 2
+        reward = reward + size * move
+        if np.max(np.abs(move)) <= 1e-12:
+            return reward - reward.mean(), step + 1
+        if np.max(np.abs(size * move)) <= 1e-12:  # rounding hides what is left to gain
+            return reward - reward.mean(), step + 1
+    raise RuntimeError(f"fit_reward: no maximum found in {max_steps} Newton steps")

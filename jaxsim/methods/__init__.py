@@ -1,0 +1,1 @@
+"""Losses of preference-tuning methods, one value per example."""
