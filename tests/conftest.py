@@ -2,7 +2,7 @@
 
 from jaxtyping import install_import_hook
 
-KERNELS = ["logspace", "tilting", "theorem", "descent", "claims", "families", "methods", "feedback"]
+KERNELS = ["logspace", "tilting", "theorem", "descent", "claims", "families"]
 install_import_hook([f"jaxsim.{name}" for name in KERNELS], "beartype.beartype")
 
 import os  # noqa: E402
