@@ -149,8 +149,7 @@ def _run(command: Run, argv: list[str]) -> int:
             place = RunDirectory(command.resume)
             config = manage.settings(place)
             manage.explicit(command.settings, config, command.resume)
-            if place.is_complete:
-                print(f"{command.resume}: the run is complete; there is nothing left to do")
+            if _nothing_left(place):
                 return 0
         elif share or command.distributed:
             if command.out is None:
@@ -168,6 +167,20 @@ def _run(command: Run, argv: list[str]) -> int:
         distributed=command.distributed,
         allow_mixed=command.allow_mixed,
     )
+
+
+def _nothing_left(place: "RunDirectory") -> bool:
+    """Say so where a run is complete; where files of it are damaged, have them written again."""
+    if not place.is_complete:
+        return False
+    if place.hashes() == place.listed():
+        print(f"{place.path}: the run is complete; there is nothing left to do")
+        return True
+    print(
+        f"jaxsim: {place.path}: files do not fit COMPLETE.json: writing them again", file=sys.stderr
+    )
+    place.reopen()
+    return False
 
 
 def _with_peers(command: Run, argv: list[str]) -> int | None:
@@ -222,6 +235,8 @@ def _merge(command: Merge, argv: list[str]) -> int:
     with _user_input():
         place = RunDirectory(command.run)
         config = manage.settings(place)
+        if _nothing_left(place):
+            return 0
         far = manage.progress(place)
         if far.done < far.shards:
             raise ValueError(
@@ -245,9 +260,13 @@ def _status(command: Status, argv: list[str]) -> int:
         f"{far.instances:,} of {far.total:,} instances"
     )
     for wrong in far.damaged:
-        print(f"damaged, and computed again on --resume: {wrong}")
-    if not far.complete:
+        print(f"damaged: {wrong}")
+    if not far.complete and far.done == far.shards:
+        print(f"finish it with: jaxsim merge {command.run}")
+    elif not far.complete:
         print(f"go on with: jaxsim run --resume {command.run}")
+    elif far.damaged:
+        print(f"write them again with: jaxsim run --resume {command.run}")
     return 0
 
 
@@ -267,7 +286,13 @@ def _verify(command: Verify, argv: list[str]) -> int:
     for wrong in found:
         print(f"jaxsim: {command.run}: {wrong}", file=sys.stderr)
     if not found:
-        print(f"{command.run}: nothing is wrong")
+        far = manage.progress(place)
+        again = min(command.sample, far.done)
+        whole = "the hashes of all files" if far.complete else "not complete yet"
+        print(
+            f"{command.run}: nothing is wrong ({whole}; {far.done:,} shards, of which {again} were "
+            "computed again)"
+        )
     return 1 if found else 0
 
 
@@ -426,7 +451,8 @@ def _figures(command: Figures, argv: list[str]) -> int:
     with _user_input():
         place = RunDirectory.open(command.run)
     written = draw_all(place)
-    place.complete()
+    with _user_input():
+        place.complete(only="figures/")
     print(f"{len(written)} figures in {command.run / 'figures'}")
     return 0
 

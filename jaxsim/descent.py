@@ -271,11 +271,12 @@ def starting_logits(start: str, task: Problem) -> Array:
     if start == "reference":
         return task.log_p_ref
     if start == "uniform":
-        return jnp.where(task.support, 0.0, LOG_ZERO)
+        return jnp.where(task.support, jnp.zeros_like(task.t), LOG_ZERO)
     if start == "worst":
         least = jnp.min(jnp.where(task.support, task.t, jnp.inf), axis=0, keepdims=True)
         worst = first_where(task.support & (task.t == least))
-        return jnp.where(worst, 0.0, jnp.maximum(task.log_p_ref - 14.0, LOG_ZERO))
+        rest = jnp.maximum(task.log_p_ref - 14.0, LOG_ZERO)
+        return jnp.where(worst, jnp.zeros_like(rest), rest)
     raise ValueError(f"start is {start!r}; expected one of {STARTS}")
 
 
@@ -289,7 +290,7 @@ def init(task: Problem, logits: Array, method: Method) -> State:
     zero = jnp.zeros_like(task.beta, jnp.int32)
     return State(
         logits=logits,
-        optimizer_state=make(logits),
+        optimizer_state=make(_shown(logits, task)),
         steps=zero,
         status=jnp.full_like(task.beta, _RUNNING, jnp.int8),
         kl=infinite,
@@ -374,13 +375,15 @@ def advance(state: State, task: Problem, method: Method, tolerance: Float[Array,
             value=value,
             grad=gradient,
             # optax's line search passes what it does not know on to this.
-            value_fn=lambda logits, beta=None: loss(logits, task),
+            value_fn=lambda logits, beta=None: loss(
+                jnp.where(task.support, logits, LOG_ZERO), task
+            ),
             beta=task.beta,
         )
 
     each = jax.vmap(update, in_axes=-1, out_axes=-1) if state.kl.ndim else update
     updates, optimizer_state = each(
-        view.gradient, state.optimizer_state, state.logits, view.value, task
+        view.gradient, state.optimizer_state, _shown(state.logits, task), view.value, task
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, state.logits)
     closer = view.value < state.least
@@ -418,6 +421,11 @@ def advance(state: State, task: Problem, method: Method, tolerance: Float[Array,
         since_least=now(since_least, state.since_least),
         in_log_space=now(in_log_space, state.in_log_space),
     )
+
+
+def _shown(logits: Array, task: Problem) -> Array:
+    """Return the logits as an optimiser sees them: padding weighs nothing in a norm."""
+    return jnp.where(task.support, logits, 0.0)
 
 
 def _largest_at_zero(logits: Array, task: Problem) -> Array:

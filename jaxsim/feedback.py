@@ -6,7 +6,6 @@ kind of thing, and `fit_reward` takes either.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 from scipy.sparse.csgraph import connected_components
+from scipy.special import expit
 
 
 def expected_pairs(
@@ -25,8 +25,8 @@ def expected_pairs(
 ) -> Float[Array, "outputs outputs"]:
     """Return the probability of each (chosen, rejected) pair under Bradley and Terry's model.
 
-    Two outputs are drawn independently from μ, and until they differ and are comparable; the first
-    wins with probability (1-ε) σ(r - r') + ε σ(r' - r).
+    Two outputs are drawn independently from μ (normalised here), again and again until they differ
+    and are comparable; the first wins with probability (1-ε) σ(r - r') + ε σ(r' - r).
 
     Args:
         reward: r, [outputs].
@@ -38,7 +38,8 @@ def expected_pairs(
         A matrix that sums to one, with a diagonal of zeros: row chosen, column rejected.
 
     Raises:
-        ValueError: for an ε outside [0, ½], or shapes that do not fit.
+        ValueError: for an ε outside [0, ½], shapes that do not fit, a negative probability, or
+            where no pair can be drawn.
 
     Source:
         Bradley and Terry 1952.
@@ -56,13 +57,18 @@ def expected_pairs(
         )
     if not 0 <= flip <= 0.5:
         raise ValueError(f"flip is {flip}; expected 0 to 0.5")
+    if not isinstance(mu, jax.core.Tracer) and not np.all(np.asarray(mu) >= 0):
+        raise ValueError("sampling holds a negative number or nan; expected probabilities")
     wins = jax.nn.sigmoid(r[:, None] - r[None])
     wins = (1 - flip) * wins + flip * wins.T
     drawn = mu[:, None] * mu[None] * (1 - jnp.eye(r.size, dtype=mu.dtype))
     if compared is not None:
         allowed = jnp.asarray(compared, bool)
         drawn = jnp.where(allowed | allowed.T, drawn, 0.0)
-    return drawn * wins / jnp.sum(drawn * wins)
+    total = jnp.sum(drawn * wins)
+    if not isinstance(total, jax.core.Tracer) and not total > 0:
+        raise ValueError("no pair can be drawn: sampling or compared leave none")
+    return drawn * wins / total
 
 
 def sample_pairs(
@@ -89,9 +95,11 @@ def sample_pairs(
     """
     if num < 1:
         raise ValueError(f"num is {num}; expected at least 1")
-    flat = expected.reshape(-1)
+    flat = jnp.asarray(expected).reshape(-1)
+    if not isinstance(flat, jax.core.Tracer) and not jnp.sum(flat) > 0:
+        raise ValueError("expected holds no pair of positive probability, or nan")
     drawn = jax.random.categorical(key, jnp.where(flat > 0, jnp.log(flat), -jnp.inf), shape=(num,))
-    return jnp.bincount(drawn, length=flat.size).reshape(expected.shape)
+    return jnp.bincount(drawn, length=flat.size).reshape(jnp.shape(expected))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +122,11 @@ class FittedReward:
     newton_steps: int
 
 
-def fit_reward(wins: ArrayLike, *, max_steps: int = 100) -> FittedReward:
+def fit_reward(wins: ArrayLike, *, max_steps: int = 1000) -> FittedReward:
     """Fit a Bradley–Terry reward by maximum likelihood, on the host, in float64.
 
-    Newton's method, whose steps halve until the likelihood grows, until a step moves no reward by
-    more than 1e-12; the likelihood is concave.
+    Newton's method, a step moving no reward by more than one, until a whole step moves none by more
+    than 1e-10; the likelihood is concave. It takes a step or so per unit of the rewards' range.
 
     Args:
         wins: how often (or with which probability) the row's output beat the column's,
@@ -129,8 +137,9 @@ def fit_reward(wins: ArrayLike, *, max_steps: int = 100) -> FittedReward:
         A `FittedReward`.
 
     Raises:
-        ValueError: for wins of another shape, negative or not finite; RuntimeError where max_steps
-            do not suffice.
+        ValueError: for wins of another shape, negative or not finite.
+        RuntimeError: where max_steps do not suffice, or float64 cannot hold the likelihood's
+            curvature, as where one output beats another 10^16 times as often as the reverse.
 
     Source:
         Bradley and Terry 1952; Ford 1957 for existence.
@@ -162,26 +171,26 @@ def _newton(wins: np.ndarray, max_steps: int) -> tuple[np.ndarray, int]:
     """Return the rewards, of mean zero, of outputs that are strongly connected by wins."""
     if len(wins) == 1:
         return np.zeros(1), 0
-    wins = wins / wins.sum()
+    wins = wins / wins.max()
     games, reward = wins + wins.T, np.zeros(len(wins))
-
-    def likelihood(r: np.ndarray) -> Any:
-        return -np.sum(wins * np.logaddexp(0, r[None] - r[:, None]))
-
-    for step in range(max_steps):
-        chance = 1 / (1 + np.exp(reward[None] - reward[:, None]))
-        gradient = wins.sum(axis=1) - (games * chance).sum(axis=1)
-        curvature = games * chance * chance.T
+    for step in range(1, max_steps + 1):
+        ahead = reward[:, None] - reward[None]
+        chance, upset = expit(ahead), expit(-ahead)
+        # Won against the odds, less lost: no sum that cancels where wins are lopsided.
+        gradient = (wins * upset - wins.T * chance).sum(axis=1)
+        curvature = games * chance * upset
         hessian = np.diag(curvature.sum(axis=1)) - curvature
         # The constant direction is free: fixing it makes the matrix invertible.
-        move = np.linalg.solve(hessian + hessian.trace() / len(wins) ** 2, gradient)
+        try:
+            move = np.linalg.solve(hessian + hessian.trace() / len(wins) ** 2, gradient)
+        except np.linalg.LinAlgError:
+            break
         move -= move.mean()
-        size, before = 1.0, likelihood(reward)
-        while np.max(np.abs(size * move)) > 1e-12 and likelihood(reward + size * move) < before:
-            size /= 2
-        reward = reward + size * move
-        if np.max(np.abs(move)) <= 1e-12:
-            return reward - reward.mean(), step + 1
-        if np.max(np.abs(size * move)) <= 1e-12:  # rounding hides what is left to gain
-            return reward - reward.mean(), step + 1
-    raise RuntimeError(f"fit_reward: no maximum found in {max_steps} Newton steps")
+        most = np.max(np.abs(move))
+        reward = reward + move / max(1.0, most)
+        if most <= 1e-10:
+            return reward - reward.mean(), step
+    raise RuntimeError(
+        f"fit_reward: no maximum found in {max_steps} Newton steps; "
+        "wins may be too lopsided for float64"
+    )

@@ -599,5 +599,41 @@ def test_the_gap_is_beta_times_the_divergence(x64: None) -> None:
     np.testing.assert_allclose(gap, np.asarray(batch.beta) * kl, rtol=1e-9, atol=1e-12)
 
 
+def test_float32_instances_in_64_bit_mode(x64: None) -> None:
+    batch = draw("sparse")
+    for start in ("reference", "uniform", "worst"):
+        assert np.all(solve(batch, start=start).status == Status.CONVERGED)
+
+
+def test_padding_weighs_nothing_in_an_optimizers_norms() -> None:
+    decayed = optax.chain(
+        optax.add_decayed_weights(1e-6), optax.clip_by_global_norm(1.0), optax.sgd(1.0)
+    )
+    p_a, p_u, r, alpha, beta = [0.1, 0.2, 0.7], [0.6, 0.3, 0.1], [0.0, 1.0, 0.5], 0.4, 0.7
+    padded = one(p_a, p_u, r, alpha, beta)
+    plain = Instance.from_probs(
+        *(np.array(x, np.float32) for x in (p_a, p_u, r)), alpha=alpha, beta=beta
+    )
+    found, expected = (
+        solve(x, optimizer=decayed, tolerance=1e-5, max_steps=500) for x in (padded, plain)
+    )
+    assert int(found.status) == int(expected.status) == Status.CONVERGED
+    assert int(found.steps) == int(expected.steps)
+    np.testing.assert_allclose(found.log_policy[:3], expected.log_policy, rtol=1e-4)
+
+
+def test_what_is_no_instance_optimizer_or_batch_is_named() -> None:
+    batch = draw("dirichlet")
+    with pytest.raises(TypeError, match="expected an Instance, got"):
+        solve(jnp.ones(3))
+    for wrong in ("adam", 0.1):
+        with pytest.raises(TypeError, match="expected an optax"):
+            solve(batch, optimizer=wrong)
+    with pytest.raises(ValueError, match=r"reward has shape \(0, 8\)"):
+        solve(jax.tree.map(lambda x: x[:0], batch))
+    with pytest.raises(TypeError, match="integer"):
+        solve(batch, max_steps=1.5)
+
+
 def test_a_message_for_every_status() -> None:
     assert len({status.message for status in Status}) == len(Status)

@@ -104,6 +104,18 @@ def test_a_wide_range_of_rewards(x64: None) -> None:
     np.testing.assert_allclose(fitted.reward, r - r.mean(), atol=1e-5)
 
 
+def test_lopsided_wins() -> None:
+    """A chain, in which each gap is the log of its own ratio, whatever the ratio."""
+    for ratio in (1e6, 1e12, 1e20):
+        wins = np.zeros((4, 4))
+        for k in range(3):
+            wins[k, k + 1], wins[k + 1, k] = 1, 1 / ratio
+        gaps = -np.diff(fit_reward(wins).reward)
+        np.testing.assert_allclose(gaps, np.log(ratio), rtol=1e-9)
+    pair = fit_reward([[0, 1e9], [1, 0]]).reward
+    assert pair[0] - pair[1] == pytest.approx(np.log(1e9), rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -113,6 +125,9 @@ def test_a_wide_range_of_rewards(x64: None) -> None:
         (lambda: expected_pairs([0.0, 1.0], [1.0]), r"sampling \(1,\)"),
         (lambda: expected_pairs([0.0, 1.0], [0.5, 0.5], flip=0.7), "flip is 0.7"),
         (lambda: sample_pairs(jax.random.key(0), np.ones((2, 2)), 0), "num is 0"),
+        (lambda: sample_pairs(jax.random.key(0), np.zeros((2, 2)), 1), "no pair of positive"),
+        (lambda: expected_pairs([0.0, 1.0], [1.0, 0.0]), "no pair can be drawn"),
+        (lambda: expected_pairs([0.0, 1.0], [-0.5, 1.5]), "sampling holds a negative number"),
     ],
 )
 def test_bad_input_is_named(call, said: str) -> None:

@@ -5,6 +5,7 @@ that fit a core's cache; a lane whose descent has ended hands over its policy an
 instance of the slab. What a lane computes does not depend on its neighbours.
 """
 
+import operator
 import os
 from dataclasses import dataclass, replace
 from functools import partial
@@ -58,11 +59,14 @@ def solve(
         A `Solution`; its `status` says, per instance, how it ended. An instance that does not
         converge raises nothing. Differentiable: the derivative of `log_policy` is that of the
         optimum, by the implicit function theorem. Bits do not depend on how a batch is divided, on
-        the number of devices, or on the order in which instances are finished.
+        the number of devices, or on the order in which instances are finished (one instance alone,
+        jit and vmap compile other programs, which may differ in the last bits).
 
     Raises:
-        ValueError: for max_steps < 1, a tolerance that is not positive, or a start of an unknown
-            name or of another shape.
+        TypeError: for an instance or an optimizer that is none.
+        ValueError: for max_steps < 1, a tolerance that is not positive, an empty batch, or a start
+            of an unknown name or of another shape. A start or an instance that holds nan is no
+            error: its status is NON_FINITE.
 
     Example:
         >>> from jaxsim import Instance, Status, solve
@@ -71,7 +75,16 @@ def solve(
         >>> Status(int(solution.status)).name, bool(solution.kl < 1e-6)
         ('CONVERGED', True)
     """
-    if max_steps < 1:
+    if not isinstance(instance, Instance):
+        raise TypeError(f"solve: expected an Instance, got {type(instance).__name__}")
+    if optimizer is not None and not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(f"optimizer is {optimizer!r}; expected an optax.GradientTransformation")
+    if instance.reward.ndim not in (1, 2) or not instance.reward.size:
+        raise ValueError(
+            f"solve: reward has shape {instance.reward.shape}; expected [outputs] or "
+            "[instances, outputs], with at least one of each"
+        )
+    if operator.index(max_steps) < 1:
         raise ValueError(f"max_steps is {max_steps}; expected at least 1")
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance is {tolerance}; expected a number > 0")

@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, partial
+from functools import lru_cache, partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -96,7 +96,7 @@ def _sharded(
         yield from fetched()
 
 
-@cache
+@lru_cache(maxsize=64)  # a user may make an optimiser for each call
 def _compiled(
     function: Callable[..., Any], static: tuple[Hashable, ...], devices: tuple[Any, ...]
 ) -> Callable[..., Any]:

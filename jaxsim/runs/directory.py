@@ -107,7 +107,7 @@ class RunDirectory:
         path = self.path / name
         try:
             return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"{self.path}: {name} is not JSON") from None
 
     def write_parquet(self, name: str, columns: dict[str, Any]) -> None:
@@ -142,11 +142,19 @@ class RunDirectory:
             ValueError: where another is at work.
         """
         mine = self.path / f"{_LOCK}{worker or 'run'}"
-        others = [self.path / f"{_LOCK}run"] if worker else sorted(self.path.glob(f"{_LOCK}*"))
-        held = [filelock.FileLock(path) for path in dict.fromkeys([mine, *others])]
+        held: list[filelock.BaseFileLock] = []
+
+        def hold(path: Path) -> None:
+            lock = filelock.FileLock(path)
+            lock.acquire(blocking=False)
+            held.append(lock)
+
         try:
-            for lock in held:
-                lock.acquire(blocking=False)
+            hold(mine)  # before the others are looked at: who comes now finds it
+            others = [self.path / f"{_LOCK}run"] if worker else sorted(self.path.glob(f"{_LOCK}*"))
+            for path in others:
+                if path != mine:
+                    hold(path)
             if worker:
                 _release(held.pop())
             yield
@@ -185,9 +193,29 @@ class RunDirectory:
                 found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
 
-    def complete(self) -> None:
-        """Record the hash of every file, last of all."""
-        self.write_json("COMPLETE.json", {"schema": 1, "sha256": self.hashes()})
+    def complete(self, only: str = "") -> None:
+        """Record the hash of every file, last of all; or only of those in a folder, anew."""
+        found = self.hashes()
+        if only:
+            kept = {name: h for name, h in self.listed().items() if not name.startswith(only)}
+            found = kept | {name: h for name, h in found.items() if name.startswith(only)}
+        self.write_json("COMPLETE.json", {"schema": 1, "sha256": dict(sorted(found.items()))})
+
+    def reopen(self) -> None:
+        """Take back that everything has been written, before some of it is written again."""
+        (self.path / "COMPLETE.json").unlink(missing_ok=True)
+
+    def listed(self) -> dict[str, str]:
+        """Return the hashes in COMPLETE.json, by name of the file.
+
+        Raises:
+            ValueError: where it is not as it was written.
+        """
+        stored = self.read_json("COMPLETE.json")
+        hashes = stored.get("sha256") if isinstance(stored, dict) else None
+        if not isinstance(hashes, dict):
+            raise ValueError(f"{self.path}: COMPLETE.json is damaged")
+        return hashes
 
     @property
     def is_complete(self) -> bool:

@@ -1,6 +1,7 @@
 """Look after run directories: how far one is, whether it is whole, and what one would cost."""
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import numpy as np
 from jaxsim import sources
 from jaxsim.engine.stream import Totals, stream
 from jaxsim.runs import shards
-from jaxsim.runs.config import RunConfig, load
+from jaxsim.runs.config import RunConfig, SolveConfig, load
 from jaxsim.runs.directory import RunDirectory
 
 _CALIBRATION = 2.0  # seconds
+_ROW = 70  # bytes that an instance takes at one β in Parquet, about
+_MOST = 10**8  # shards of a run
 
 
 def settings(directory: RunDirectory) -> RunConfig:
@@ -25,7 +28,16 @@ def settings(directory: RunDirectory) -> RunConfig:
     path = directory.path / "config.toml"
     if not path.is_file():
         raise ValueError(f"{directory.path}: there is no run in it (no config.toml)")
-    config: RunConfig = load(path)
+    try:
+        config: RunConfig = load(path)
+    except ValueError:
+        with suppress(ValueError):
+            load(path, SolveConfig)
+            raise ValueError(
+                f"{directory.path}: it holds a comparison of optimisers (jaxsim solve), which is "
+                "done as a whole"
+            ) from None
+        raise
     return config
 
 
@@ -41,11 +53,19 @@ def plan_of(directory: RunDirectory) -> shards.Plan:
     try:
         part = stored["shards"]
         found = shards.Plan(
-            instances=int(part["instances"]), rows=int(part["rows"]), betas=int(part["betas"])
+            instances=int(part["instances"]),
+            rows=int(part["rows"]),
+            betas=int(part["betas"]),
+            run=str(part["run"]),
         )
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         raise ValueError(f"{directory.path}: manifest.json is damaged") from None
-    if not (found.rows > 0 and found.instances > 0 and 0 < found.betas <= 1 << 20):
+    if not (
+        found.rows > 0
+        and found.instances > 0
+        and 0 < found.betas <= 1 << 20
+        and found.count <= _MOST
+    ):
         raise ValueError(f"{directory.path}: manifest.json is damaged")
     return found
 
@@ -95,7 +115,7 @@ def faults(directory: RunDirectory, source: sources.Source, sample: int) -> list
     config, divided = settings(directory), plan_of(directory)
     found = []
     if directory.is_complete:
-        stored = directory.read_json("COMPLETE.json").get("sha256", {})
+        stored = directory.listed()
         actual = directory.hashes()
         found += [f"{name} is missing" for name in sorted(stored.keys() - actual.keys())]
         found += [f"{name} is not of the run" for name in sorted(actual.keys() - stored.keys())]
@@ -123,6 +143,7 @@ def estimate(config: RunConfig, source: sources.Source) -> dict[str, Any]:
         stream(source, config.betas, audit=0, stop=min(source.size, source.num))
         done += min(source.size, source.num)
     rate = done / (time.monotonic() - started)
+    rows = divided.instances * divided.betas
     return {
         "instances": divided.instances,
         "betas": divided.betas,
@@ -131,9 +152,10 @@ def estimate(config: RunConfig, source: sources.Source) -> dict[str, Any]:
         "shards": divided.count,
         "instances per shard": divided.rows,
         "bytes in memory, at most": _peak_memory(),
-        "bytes on disk": divided.count * (len(shards.archive(once)) + 400),
+        "bytes of shards on disk": divided.count * (len(shards.archive(once)) + 500),
+        "bytes of saved instances": rows * _ROW if config.save == "instances" else 0,
         "instances per second": rate,
-        "seconds to evaluate": divided.instances / rate,
+        "hours to evaluate": divided.instances / rate / 3600,
     }
 
 

@@ -39,11 +39,13 @@ class Plan:
         instances: of the run.
         rows: instances per shard; the last may have fewer.
         betas: values of β at which each is evaluated, at least one.
+        run: a hash of the configuration and the input, which each shard carries.
     """
 
     instances: int
     rows: int
     betas: int
+    run: str
 
     @property
     def count(self) -> int:
@@ -58,20 +60,41 @@ class Plan:
 def plan(config: RunConfig, source: sources.Source) -> Plan:
     """Divide a run: sixteen tiles to a shard, or fewer where the configuration asks for it."""
     tiles = max(1, config.shard // source.size) if config.shard else _TILES
-    return Plan(instances=source.num, rows=tiles * source.size, betas=max(1, len(config.betas)))
+    return Plan(
+        instances=source.num,
+        rows=tiles * source.size,
+        betas=max(1, len(config.betas)),
+        run=hashlib.sha256((_config_hash(config) + _input_hash(source)).encode()).hexdigest(),
+    )
+
+
+def _config_hash(config: RunConfig) -> str:
+    return hashlib.sha256(to_toml(config).encode()).hexdigest()
+
+
+def _input_hash(source: sources.Source) -> str:
+    """Return a hash of the instances of a file; of a family's, the configuration tells."""
+    if not isinstance(source, sources.ArraySource):
+        return ""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(source.instance):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def manifest(config: RunConfig, source: sources.Source) -> dict[str, Any]:
     """Return what decides about every byte of a run's totals."""
     divided = plan(config, source)
-    found = {
+    return {
         "schema": SCHEMA,
-        "config_sha256": hashlib.sha256(to_toml(config).encode()).hexdigest(),
+        "config_sha256": _config_hash(config),
+        "input_sha256": _input_hash(source),
         "shards": {
             "instances": divided.instances,
             "rows": divided.rows,
             "count": divided.count,
             "betas": divided.betas,
+            "run": divided.run,
         },
         "tile": source.size,
         "dtype": config.family.dtype,
@@ -80,12 +103,6 @@ def manifest(config: RunConfig, source: sources.Source) -> dict[str, Any]:
         "jax": jax.__version__,
         "platform": jax.devices()[0].platform,
     }
-    if isinstance(source, sources.ArraySource):
-        digest = hashlib.sha256()
-        for leaf in jax.tree.leaves(source.instance):
-            digest.update(np.asarray(leaf).tobytes())
-        found["input_sha256"] = digest.hexdigest()
-    return found
 
 
 def differences(stored: Any, wanted: dict[str, Any]) -> list[str]:
@@ -93,11 +110,17 @@ def differences(stored: Any, wanted: dict[str, Any]) -> list[str]:
     if not isinstance(stored, dict):
         return ["everything: it is not a manifest"]
     keys = sorted({*stored, *wanted})
+    other = [key for key in keys if stored.get(key) != wanted.get(key)]
+    if len(other) > 1 and "shards" in other:
+        other.remove("shards")  # which follows from the rest
     return [
-        f"{key} ({stored.get(key)!r} there, {wanted.get(key)!r} here)"
-        for key in keys
-        if stored.get(key) != wanted.get(key)
+        f"{key} ({_short(stored.get(key))} there, {_short(wanted.get(key))} here)" for key in other
     ]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:16] + "…"
 
 
 def name(index: int) -> str:
@@ -140,6 +163,7 @@ def commit(directory: RunDirectory, divided: Plan, index: int, totals: Totals) -
             "index": index,
             "start": start,
             "stop": stop,
+            "run": divided.run,
             "counted": totals.sums.counted.tolist(),
             "invalid": totals.sums.invalid.tolist(),
             "sha256": hashlib.sha256(data).hexdigest(),
@@ -173,6 +197,8 @@ def committed(directory: RunDirectory, divided: Plan, index: int) -> Totals | No
     side = _sidecar(side_path)
     if [side.get("index"), side.get("start"), side.get("stop")] != [index, *divided.range(index)]:
         raise Damaged(f"{side_path.name} is of another range of instances")
+    if side.get("run") != divided.run:
+        raise Damaged(f"{side_path.name} is of another run")
     data = _regular(data_path)
     if hashlib.sha256(data).hexdigest() != side.get("sha256"):
         raise Damaged(f"{data_path.name} does not fit its hash")
@@ -238,7 +264,7 @@ def _regular(path: Path) -> bytes:
 def _sidecar(path: Path) -> dict[str, Any]:
     try:
         side = json.loads(_regular(path))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Damaged(f"{path.name} is not JSON") from None
     if not isinstance(side, dict):
         raise Damaged(f"{path.name} is not a table")
