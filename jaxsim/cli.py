@@ -399,18 +399,20 @@ def _job(
     with ExitStack() as stack:
         with _user_input():
             stack.enter_context(place.locked(who))
-            mixed = []
-            if not distributed:
+            if distributed:
+                from jaxsim.runs.distributed import begin, run
+
+                with _leaving(place.path):
+                    mixed = begin(config, source, place, allow_mixed=allow_mixed)
+            else:
                 mixed = job.begin(config, source, place, allow_mixed=allow_mixed)
         report = stack.enter_context(_reporting())
         stack.enter_context(_kept(place.path))
         stack.enter_context(job.attempt(place, ["jaxsim", *argv], mixed))
         results: Results | None = None
         if distributed:
-            from jaxsim.runs.distributed import run
-
-            with _user_input(), _leaving(place.path):
-                results = run(config, source, place, report, allow_mixed=allow_mixed)
+            with _leaving(place.path):
+                results = run(config, source, place, report)
         elif share:
             job.compute(config, source, place, share, report)
         else:

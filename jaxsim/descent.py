@@ -264,7 +264,7 @@ STARTS = "reference", "uniform", "worst"
 
 
 def starting_logits(start: str, task: Problem) -> Array:
-    """Return the logits of a start that is known by name: reference, uniform or worst.
+    """Return the logits of one of STARTS.
 
     The worst has all but e^-14, a millionth, of its mass on an output of the least reward.
     """
@@ -272,12 +272,10 @@ def starting_logits(start: str, task: Problem) -> Array:
         return task.log_p_ref
     if start == "uniform":
         return jnp.where(task.support, jnp.zeros_like(task.t), LOG_ZERO)
-    if start == "worst":
-        least = jnp.min(jnp.where(task.support, task.t, jnp.inf), axis=0, keepdims=True)
-        worst = first_where(task.support & (task.t == least))
-        rest = jnp.maximum(task.log_p_ref - 14.0, LOG_ZERO)
-        return jnp.where(worst, jnp.zeros_like(rest), rest)
-    raise ValueError(f"start is {start!r}; expected one of {STARTS}")
+    least = jnp.min(jnp.where(task.support, task.t, jnp.inf), axis=0, keepdims=True)
+    worst = first_where(task.support & (task.t == least))
+    rest = jnp.maximum(task.log_p_ref - 14.0, LOG_ZERO)
+    return jnp.where(worst, jnp.zeros_like(rest), rest)
 
 
 def init(task: Problem, logits: Array, method: Method) -> State:

@@ -5,20 +5,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from jaxsim import evaluate
-from jaxsim.cli import main
 from jaxsim.runs.config import DEFAULT_BETAS, load
 from jaxsim.sources import read
+from tests.commandline import call
+from tests.faults import contents
+
+pytestmark = pytest.mark.usefixtures("host_arrays")
 
 BETAS = (0.05, 0.5)
 SMALL = [
@@ -42,31 +43,8 @@ ALWAYS = {
 }
 
 
-def call(*argv: str | Path) -> int:
-    """Run the command line here; return its exit code."""
-    try:
-        return main([str(a) for a in argv])
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
-
-
-def contents(run: Path) -> dict[str, bytes]:
-    """Return every file but those of provenance/, which may differ between two equal runs."""
-    files = {p.relative_to(run).as_posix(): p for p in run.rglob("*") if p.is_file()}
-    return {n: p.read_bytes() for n, p in files.items() if not n.startswith("provenance/")}
-
-
 def claims(run: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in json.loads((run / "claims.json").read_text())}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def host_arrays() -> Iterator[None]:
-    """Switch shape checks off: a run hands the kernels' results to the host as NumPy arrays."""
-    was = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", was)
 
 
 @pytest.fixture(scope="module")

@@ -285,7 +285,7 @@ def test_the_default_converges_where_probabilities_underflow(name: str, dtype: s
         assert np.max(kl) <= 1.01 * tolerance
     else:
         # r/β = 1e4 itself is rounded by 1e-3 in float32: as far as that moves p*, no further.
-        assert np.max(kl) <= tolerance + (1e-5 if "small" not in name else 1e-6)
+        assert np.max(kl) <= tolerance + 1e-6
     if name == "tiny masses" and dtype == "float32":
         assert np.sum(solution.status == Status.CONVERGED_IN_LOG_SPACE) > 1
         alone = solve(batch, optimizer=loop.DEFAULT_OPTIMIZER)

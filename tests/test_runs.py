@@ -6,19 +6,17 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxtyping
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 import jaxsim
-from jaxsim.cli import main
 from jaxsim.engine.stream import Totals, stream
 from jaxsim.runs import manage, shards
 from jaxsim.runs.config import RunConfig, load
@@ -26,28 +24,15 @@ from jaxsim.runs.directory import RunDirectory
 from jaxsim.runs.job import open_source
 from jaxsim.runs.share import Share
 from tests import faults
+from tests.commandline import call
+
+pytestmark = pytest.mark.usefixtures("host_arrays")
 
 CONFIG = RunConfig(instances=40_000, shard=8192, betas=(0.1, 1.0), audit=100, confirm=8, atlas=0)
 SETTINGS = [
     *("run", "--instances", "40000", "--shard", "8192", "--betas", "0.1", "1", "--audit", "100"),
     *("--confirm", "8", "--atlas", "0", "--no-figures"),
 ]
-
-
-def call(*argv: str | Path) -> int:
-    try:
-        return main([str(a) for a in argv])
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def host_arrays() -> Iterator[None]:
-    """Switch shape checks off: a run hands the kernels' results to the host as NumPy arrays."""
-    was = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", was)
 
 
 @pytest.fixture(scope="module")
@@ -448,8 +433,8 @@ def test_an_interrupt_finishes_the_shard_in_hand(tmp_path: Path) -> None:
     assert process.returncode == 130, error
     assert "finishing the shard in hand" in error
     last = error.splitlines()[-1]
-    assert last.startswith("jaxsim: stopped after ")
-    assert last.endswith(f" of 489 shards; go on with: jaxsim run --resume {out}")
+    assert last.startswith("jaxsim: stopped with ")
+    assert last.endswith(f" of 489 shards done; go on with: jaxsim run --resume {out}")
     assert "Traceback" not in error and not (out / "COMPLETE.json").exists()
     committed = manage.progress(RunDirectory(out))
     assert committed.done == int(last.split()[3]) and not committed.damaged

@@ -1,37 +1,21 @@
 """`jaxsim solve`: what the comparison of optimisers leaves behind, and what it says."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jaxsim.cli import main
 from jaxsim.runs.config import OPTIMIZERS, SolveConfig, load, to_toml
 from jaxsim.runs.directory import RunDirectory
+from tests.commandline import call
+
+pytestmark = pytest.mark.usefixtures("host_arrays")
 
 FEW = ["--optimizers", "default", "sgd", "natural_half", "natural"]
 SMALL = ["solve", *FEW, "--instances", "300", "--max-steps", "100", "--trace-steps", "30"]
-
-
-def call(*argv: str | Path) -> int:
-    try:
-        return main([str(a) for a in argv])
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def host_arrays() -> Iterator[None]:
-    """Switch shape checks off: a run hands the kernels' results to the host as NumPy arrays."""
-    was = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", was)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from contextlib import suppress
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -162,44 +162,47 @@ def exchange(word: int) -> list[int]:
     return [int(found[owner.index(process)]) for process in range(jax.process_count())]
 
 
+def begin(
+    config: RunConfig, source: sources.Source, directory: RunDirectory, *, allow_mixed: bool
+) -> list[str]:
+    """Do as `job.begin` does, process 0 first, so that the others find what it has written.
+
+    Raises:
+        PeerLost: where a process has ended.
+        ValueError: where the directory holds another run.
+    """
+    mixed: list[str] = []
+    for turn in (jax.process_index() == 0, jax.process_index() > 0):
+        try:
+            if turn:
+                mixed = job.begin(config, source, directory, allow_mixed=allow_mixed)
+        except BaseException:
+            exchange(_FAILED)
+            raise
+        if _FAILED in exchange(_GOES_ON):
+            raise ValueError("another process of this run refuses it; see what that one says")
+    return mixed
+
+
 def run(
-    config: RunConfig,
-    source: sources.Source,
-    directory: RunDirectory,
-    report: job.Report,
-    *,
-    allow_mixed: bool,
+    config: RunConfig, source: sources.Source, directory: RunDirectory, report: job.Report
 ) -> job.Results | None:
     """Do the main job together; return the results to process 0, which finishes it.
 
     Raises:
         PeerLost: where a process has ended.
         job.Stopped: where the user asked for it, in any process.
-        ValueError: where the directory holds another run.
     """
     number, of = jax.process_index(), jax.process_count()
-    for turn in (number == 0, number > 0):  # the others find what process 0 has written
-        _in_turn(turn, lambda: job.begin(config, source, directory, allow_mixed=allow_mixed))
     divided = shards.plan(config, source)
     for first in range(0, divided.count, of):
         if first + number < divided.count:
             share = Share(number=first + number + 1, of=divided.count)
-            job.compute(config, source, directory, share, report)
+            with suppress(job.Stopped):  # once all know
+                job.compute(config, source, directory, share, report)
         if _STOPS in exchange(_STOPS if report.stopping() else _GOES_ON):
             done = min(first + of, divided.count)
-            raise job.Stopped(f"stopped after {done} of {divided.count} shards")
+            raise job.Stopped(f"stopped with {done} of {divided.count} shards done")
     if number:
         return None
     return job.run(config, source, directory, report)
-
-
-def _in_turn(mine: bool, task: Callable[[], Any]) -> None:
-    """Do something, if it is this process's turn, while the others wait to hear how it went."""
-    try:
-        if mine:
-            task()
-    except BaseException:
-        exchange(_FAILED)
-        raise
-    if _FAILED in exchange(_GOES_ON):
-        raise ValueError("another process of this run refuses it; see what that one says")

@@ -149,7 +149,7 @@ def compute(
     report.stage("evaluating", sum(sizes.values()))
     done = 0
     with report.uninterrupted():
-        for index in todo:
+        for position, index in enumerate(todo, start=1):
             start, stop = divided.range(index)
             totals = stream(
                 source,
@@ -164,8 +164,9 @@ def compute(
                 shards.save_instances(directory, index, tables)
             shards.commit(directory, divided, index, totals)
             done += sizes[index]
-            if report.stopping() and index != todo[-1]:
-                raise Stopped(f"stopped after {index + 1} of {divided.count} shards")
+            if report.stopping():
+                there = len(mine) - len(todo) + position
+                raise Stopped(f"stopped with {there} of {len(mine)} shards done")
 
 
 def _forward(report: Report, offset: int, at: int) -> None:
