@@ -30,16 +30,22 @@ if TYPE_CHECKING:
     from jaxsim.families.spec import Family as Family
     from jaxsim.families.spec import Rewards as Rewards
     from jaxsim.families.spec import Scalar as Scalar
+    from jaxsim.feedback import Feedback as Feedback
     from jaxsim.feedback import FittedReward as FittedReward
     from jaxsim.feedback import expected_pairs as expected_pairs
+    from jaxsim.feedback import expected_rankings as expected_rankings
+    from jaxsim.feedback import expected_thumbs as expected_thumbs
     from jaxsim.feedback import fit_reward as fit_reward
-    from jaxsim.feedback import sample_pairs as sample_pairs
+    from jaxsim.feedback import sample_feedback as sample_feedback
     from jaxsim.grid import Grid as Grid
     from jaxsim.instance import Instance as Instance
     from jaxsim.logspace import kl_divergence as kl_divergence
+    from jaxsim.methods.existence import OptimumStatus as OptimumStatus
     from jaxsim.methods.listwise import kto_loss as kto_loss
     from jaxsim.methods.listwise import lipo_loss as lipo_loss
     from jaxsim.methods.listwise import plackett_luce_dpo_loss as plackett_luce_dpo_loss
+    from jaxsim.methods.optimum import Optimum as Optimum
+    from jaxsim.methods.optimum import population_optimum as population_optimum
     from jaxsim.methods.pairwise import dpo_loss as dpo_loss
     from jaxsim.methods.pairwise import exo_loss as exo_loss
     from jaxsim.methods.pairwise import hinge_loss as hinge_loss
@@ -49,6 +55,11 @@ if TYPE_CHECKING:
     from jaxsim.methods.pairwise import robust_dpo_loss as robust_dpo_loss
     from jaxsim.methods.pairwise import simpo_loss as simpo_loss
     from jaxsim.methods.pairwise import slic_loss as slic_loss
+    from jaxsim.methods.policy_gradient import dr_grpo as dr_grpo
+    from jaxsim.methods.policy_gradient import grpo as grpo
+    from jaxsim.methods.policy_gradient import ppo_clip as ppo_clip
+    from jaxsim.methods.policy_gradient import reinforce as reinforce
+    from jaxsim.methods.policy_gradient import rloo as rloo
     from jaxsim.runs.summary import to_xarray as to_xarray
     from jaxsim.theorem.bounds import TpmBounds as TpmBounds
     from jaxsim.theorem.bounds import worst_case_shift as worst_case_shift
@@ -72,10 +83,13 @@ _HOME = {
     "CriticalBetas": "theorem.critical",
     "Evaluation": "tilting",
     "Family": "families.spec",
+    "Feedback": "feedback",
     "FittedReward": "feedback",
     "Grid": "grid",
     "Instance": "instance",
     "MixtureWeights": "tilting",
+    "Optimum": "methods.optimum",
+    "OptimumStatus": "methods.existence",
     "Outcome": "theorem.verdict",
     "Rewards": "families.spec",
     "Scalar": "families.spec",
@@ -88,12 +102,16 @@ _HOME = {
     "conditions": "engine.lift",
     "critical_betas": "theorem.critical",
     "dpo_loss": "methods.pairwise",
+    "dr_grpo": "methods.policy_gradient",
     "evaluate": "engine.lift",
     "evaluate_grid": "engine.lift",
     "exo_loss": "methods.pairwise",
     "expected_pairs": "feedback",
+    "expected_rankings": "feedback",
+    "expected_thumbs": "feedback",
     "find_counterexample": "engine.search",
     "fit_reward": "feedback",
+    "grpo": "methods.policy_gradient",
     "hinge_loss": "methods.pairwise",
     "ipo_loss": "methods.pairwise",
     "kl_divergence": "logspace",
@@ -105,11 +123,15 @@ _HOME = {
     "optimal_policy": "engine.lift",
     "orpo_loss": "methods.pairwise",
     "plackett_luce_dpo_loss": "methods.listwise",
+    "population_optimum": "methods.optimum",
+    "ppo_clip": "methods.policy_gradient",
+    "reinforce": "methods.policy_gradient",
     "reward_model_loss": "methods.pairwise",
+    "rloo": "methods.policy_gradient",
     "robust_dpo_loss": "methods.pairwise",
     "safe_for_any_components": "theorem.ladder",
+    "sample_feedback": "feedback",
     "sample_instances": "engine.tiles",
-    "sample_pairs": "feedback",
     "simpo_loss": "methods.pairwise",
     "simulate": "engine.simulate",
     "slic_loss": "methods.pairwise",

@@ -1,15 +1,18 @@
-"""Preferences over a prompt's outputs: who wins by Bradley and Terry's model, and rewards from it.
+"""What raters say about a prompt's outputs, exactly or by sample, and rewards fitted to it.
 
-Feedback on pairs is a matrix of wins [outputs, outputs]: how often, or with which probability, the
-output of the row was preferred to that of the column. Exact expectations and samples are the same
-kind of thing, and `fit_reward` takes either.
+Feedback is an array of probabilities or of counts: on pairs [outputs, outputs], how often the
+output of the row was preferred to that of the column; on rankings of k outputs [outputs] * k, how
+often that list came out, the best first; on single outputs [outputs, 2], how often each was found
+desirable and undesirable. Exact expectations and samples are the same kind of thing.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 from scipy.sparse.csgraph import connected_components
@@ -50,15 +53,8 @@ def expected_pairs(
         [[0.  0.5]
          [0.5 0. ]]
     """
-    r, mu = jnp.asarray(reward), jnp.asarray(sampling)
-    if r.ndim != 1 or mu.shape != r.shape:
-        raise ValueError(
-            f"reward has shape {r.shape} and sampling {mu.shape}; expected [outputs] both"
-        )
-    if not 0 <= flip <= 0.5:
-        raise ValueError(f"flip is {flip}; expected 0 to 0.5")
-    if not isinstance(mu, jax.core.Tracer) and not np.all(np.asarray(mu) >= 0):
-        raise ValueError("sampling holds a negative number or nan; expected probabilities")
+    r, mu = _checked(reward, sampling)
+    _check_flip(flip)
     wins = jax.nn.sigmoid(r[:, None] - r[None])
     wins = (1 - flip) * wins + flip * wins.T
     drawn = mu[:, None] * mu[None] * (1 - jnp.eye(r.size, dtype=mu.dtype))
@@ -71,35 +67,182 @@ def expected_pairs(
     return drawn * wins / total
 
 
-def sample_pairs(
-    key: jax.Array, expected: Float[Array, "outputs outputs"], num: int
-) -> Int[Array, "outputs outputs"]:
-    """Draw so many preferences; return how often each output of a row beat that of a column.
+def expected_rankings(reward: ArrayLike, sampling: ArrayLike, *, size: int) -> Float[Array, "..."]:
+    """Return the probability of each ranking of so many outputs under Plackett and Luce's model.
+
+    The outputs are drawn independently from μ (normalised here), again and again until all differ;
+    the best is chosen with probabilities softmax(r), then the best of the rest, and so on.
+
+    Args:
+        reward: r, [outputs].
+        sampling: μ, a probability for each output, [outputs].
+        size: k, how many outputs are ranked, from 2 to the number of outputs.
+
+    Returns:
+        An array [outputs] * k that sums to one, indexed by the best output first; zero where an
+        index is repeated. For k = 2 it is `expected_pairs`.
+
+    Raises:
+        ValueError: for a size out of range, shapes that do not fit, a negative probability, or
+            where no list can be drawn.
+
+    Source:
+        Plackett 1975; Luce 1959.
+
+    Example:
+        >>> from jaxsim import expected_rankings
+        >>> print(expected_rankings([0., 0.], [.5, .5], size=2))
+        [[0.  0.5]
+         [0.5 0. ]]
+    """
+    r, mu = _checked(reward, sampling)
+    if not 2 <= size <= r.size:
+        raise ValueError(f"size is {size}; expected 2 to the number of outputs, {r.size}")
+    index = rankings_index(r.size, size)
+    ranked = r[index]
+    rest = lax.cumlogsumexp(ranked, axis=1, reverse=True)
+    distinct = np.array([len(set(row)) == size for row in index.tolist()])
+    drawn = jnp.where(distinct, jnp.prod(mu[index], axis=1), 0.0)
+    total = jnp.sum(drawn)
+    if not isinstance(total, jax.core.Tracer) and not total > 0:
+        raise ValueError("no list can be drawn: sampling leaves too few outputs")
+    # Each set is counted in k! orders, whose probabilities sum to one.
+    chance = drawn * jnp.exp(jnp.sum(ranked - rest, axis=1)) * (math.factorial(size) / total)
+    return chance.reshape((r.size,) * size)
+
+
+def rankings_index(outputs: int, size: int) -> np.ndarray:
+    """Return all lists of so many of the outputs, repeated ones too, [outputs ** size, size]."""
+    return np.indices((outputs,) * size).reshape(size, -1).T
+
+
+def expected_thumbs(
+    reward: ArrayLike, sampling: ArrayLike, *, threshold: float | None = None, flip: float = 0.0
+) -> Float[Array, "outputs 2"]:
+    """Return the probability that each output is drawn and found desirable, or undesirable.
+
+    An output is drawn from μ (normalised here) and found desirable with probability
+    (1-ε) σ(r - c) + ε σ(c - r).
+
+    Args:
+        reward: r, [outputs].
+        sampling: μ, a probability for each output, [outputs].
+        threshold: c; by default the mean reward under μ, so that a constant added to r changes
+            nothing (with a c of your own it does).
+        flip: ε, the chance that a label is flipped, 0 ≤ ε ≤ ½.
+
+    Returns:
+        A matrix that sums to one: column 0 desirable, column 1 undesirable.
+
+    Raises:
+        ValueError: for an ε outside [0, ½], shapes that do not fit, or a negative probability.
+
+    Source:
+        Ethayarajh et al. 2024 leave open who is desirable; this is Bradley and Terry's model
+        against an output of reward c.
+
+    Example:
+        >>> from jaxsim import expected_thumbs
+        >>> print(expected_thumbs([1., 1.], [.5, .5]))
+        [[0.25 0.25]
+         [0.25 0.25]]
+    """
+    r, mu = _checked(reward, sampling)
+    _check_flip(flip)
+    mu = mu / jnp.sum(mu)
+    above = r - (jnp.sum(mu * r) if threshold is None else threshold)
+    good, bad = jax.nn.sigmoid(above), jax.nn.sigmoid(-above)
+    return mu[:, None] * jnp.stack(
+        [(1 - flip) * good + flip * bad, (1 - flip) * bad + flip * good], axis=1
+    )
+
+
+def _checked(reward: ArrayLike, sampling: ArrayLike) -> tuple[Array, Array]:
+    r, mu = jnp.asarray(reward), jnp.asarray(sampling)
+    if r.ndim != 1 or mu.shape != r.shape:
+        raise ValueError(
+            f"reward has shape {r.shape} and sampling {mu.shape}; expected [outputs] both"
+        )
+    if not isinstance(mu, jax.core.Tracer) and not np.all(np.asarray(mu) >= 0):
+        raise ValueError("sampling holds a negative number or nan; expected probabilities")
+    return r, mu
+
+
+def _check_flip(flip: float) -> None:
+    if not 0 <= flip <= 0.5:
+        raise ValueError(f"flip is {flip}; expected 0 to 0.5")
+
+
+def sample_feedback(key: jax.Array, expected: ArrayLike, num: int) -> Int[Array, "..."]:
+    """Draw so many preferences, rankings or thumbs; return how often each came out.
 
     Args:
         key: a typed key.
-        expected: the probability of each pair (`expected_pairs`).
+        expected: the probability of each (`expected_pairs`, `expected_rankings`,
+            `expected_thumbs`).
         num: how many, at least 1.
 
     Returns:
-        Counts that sum to `num`.
+        Counts in the shape of `expected`, that sum to `num`.
 
     Raises:
-        ValueError: for num < 1.
+        ValueError: for num < 1, or probabilities that are all zero.
 
     Example:
         >>> import jax
-        >>> from jaxsim import expected_pairs, sample_pairs
-        >>> int(sample_pairs(jax.random.key(0), expected_pairs([0., 1.], [.5, .5]), 10).sum())
+        >>> from jaxsim import expected_pairs, sample_feedback
+        >>> int(sample_feedback(jax.random.key(0), expected_pairs([0., 1.], [.5, .5]), 10).sum())
         10
     """
     if num < 1:
         raise ValueError(f"num is {num}; expected at least 1")
     flat = jnp.asarray(expected).reshape(-1)
     if not isinstance(flat, jax.core.Tracer) and not jnp.sum(flat) > 0:
-        raise ValueError("expected holds no pair of positive probability, or nan")
+        raise ValueError("expected holds nothing of positive probability, or nan")
     drawn = jax.random.categorical(key, jnp.where(flat > 0, jnp.log(flat), -jnp.inf), shape=(num,))
     return jnp.bincount(drawn, length=flat.size).reshape(jnp.shape(expected))
+
+
+SAMPLING = ("reference", "uniform", "policy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feedback:
+    """How raters are asked; a method takes from it the kind of feedback that it learns from.
+
+    Attributes:
+        sampling: μ, which outputs they see: "reference" (p_ref), "uniform" (over its support),
+            "policy" (the policy being tuned, on-policy), or probabilities, [outputs] or
+            [instances, outputs].
+        flip: the chance that a label of a pair or of a single output is flipped, 0 to ½.
+        compared: which pairs may be drawn, [outputs, outputs], true or false; by default all.
+        list_size: how many outputs are ranked, where a method learns from rankings.
+        threshold: the reward that counts as desirable with chance ½; by default the mean under μ.
+
+    Raises:
+        ValueError: for an unknown name of a sampling, or a flip outside [0, ½].
+    """
+
+    sampling: str | ArrayLike = "reference"
+    flip: float = 0.0
+    compared: ArrayLike | None = None
+    list_size: int = 3
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_flip(self.flip)
+        if isinstance(self.sampling, str) and self.sampling not in SAMPLING:
+            raise ValueError(
+                f"sampling is {self.sampling!r}; expected {', '.join(SAMPLING)} or probabilities"
+            )
+
+    def expected(self, kind: str, reward: ArrayLike, sampling: ArrayLike) -> Array:
+        """Return exact feedback of a kind, "pairs", "rankings" or "thumbs", given μ itself."""
+        if kind == "pairs":
+            return expected_pairs(reward, sampling, flip=self.flip, compared=self.compared)
+        if kind == "rankings":
+            return expected_rankings(reward, sampling, size=self.list_size)
+        return expected_thumbs(reward, sampling, threshold=self.threshold, flip=self.flip)
 
 
 @dataclass(frozen=True, kw_only=True)

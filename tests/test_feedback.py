@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxsim import expected_pairs, fit_reward, sample_pairs
+from jaxsim import expected_pairs, fit_reward, sample_feedback
 
 
 def rewards(outputs: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
@@ -56,7 +56,7 @@ def test_flipped_labels_shrink_it(x64: None) -> None:
 @pytest.mark.parametrize("num", [60, 5000])
 def test_samples_agree_with_choix(num: int) -> None:
     r = rewards(6)
-    wins = np.asarray(sample_pairs(jax.random.key(3), expected_pairs(r, uniform(6)), num))
+    wins = np.asarray(sample_feedback(jax.random.key(3), expected_pairs(r, uniform(6)), num))
     assert wins.sum() == num and np.all(np.diag(wins) == 0)
     fitted = fit_reward(wins)
     assert fitted.exists.all()
@@ -67,7 +67,7 @@ def test_samples_agree_with_choix(num: int) -> None:
 
 def test_samples_follow_the_law() -> None:
     expected = expected_pairs(rewards(4), uniform(4))
-    wins = np.asarray(sample_pairs(jax.random.key(1), expected, 200_000))
+    wins = np.asarray(sample_feedback(jax.random.key(1), expected, 200_000))
     p = np.asarray(expected)
     assert np.max(np.abs(wins / 200_000 - p) / np.sqrt(p / 200_000 + 1e-12)) < 5
 
@@ -124,8 +124,8 @@ def test_lopsided_wins() -> None:
         (lambda: fit_reward([[0, np.nan], [1, 0]]), "nan"),
         (lambda: expected_pairs([0.0, 1.0], [1.0]), r"sampling \(1,\)"),
         (lambda: expected_pairs([0.0, 1.0], [0.5, 0.5], flip=0.7), "flip is 0.7"),
-        (lambda: sample_pairs(jax.random.key(0), np.ones((2, 2)), 0), "num is 0"),
-        (lambda: sample_pairs(jax.random.key(0), np.zeros((2, 2)), 1), "no pair of positive"),
+        (lambda: sample_feedback(jax.random.key(0), np.ones((2, 2)), 0), "num is 0"),
+        (lambda: sample_feedback(jax.random.key(0), np.zeros((2, 2)), 1), "nothing of positive"),
         (lambda: expected_pairs([0.0, 1.0], [1.0, 0.0]), "no pair can be drawn"),
         (lambda: expected_pairs([0.0, 1.0], [-0.5, 1.5]), "sampling holds a negative number"),
     ],

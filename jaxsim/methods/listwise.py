@@ -4,6 +4,9 @@ Log-probabilities are of whole outputs, in nats; lists lie on the last axis, [..
 has the shape that is left, and is never averaged.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,7 +19,7 @@ Losses = Float[Array, "..."]
 
 
 def plackett_luce_dpo_loss(
-    policy_logps: ArrayLike, reference_logps: ArrayLike, *, beta: float
+    policy_logps: ArrayLike, reference_logps: ArrayLike, *, beta: ArrayLike
 ) -> Losses:
     """Return -Σ_k log softmax(β log(π/p_ref))_k over the outputs from place k on: DPO on rankings.
 
@@ -38,13 +41,20 @@ def plackett_luce_dpo_loss(
     """
     require_positive(beta)
     score = beta * (jnp.asarray(policy_logps) - jnp.asarray(reference_logps))
-    rest = lax.cumlogsumexp(score, axis=score.ndim - 1, reverse=True)[..., 1:]
+    later = _places(score, jnp.greater)[..., :-1, :]
+    rest = jax.nn.logsumexp(jnp.where(later, score[..., None, :], -jnp.inf), axis=-1)
     # As log(1 + e^(rest - score)), which does not cancel where the best output is far ahead.
     return jnp.sum(-jax.nn.log_sigmoid(score[..., :-1] - rest), axis=-1)
 
 
+def _places(lists: Any, compare: Callable[[Any, Any], Array]) -> Array:
+    """Return how the column's place in the list compares to the row's, of the rank of lists + 1."""
+    place = jnp.arange(lists.shape[-1])
+    return jnp.expand_dims(compare(place[None], place[:, None]), tuple(range(lists.ndim - 1)))
+
+
 def lipo_loss(
-    policy_logps: ArrayLike, reference_logps: ArrayLike, labels: ArrayLike, *, beta: float
+    policy_logps: ArrayLike, reference_logps: ArrayLike, labels: ArrayLike, *, beta: ArrayLike
 ) -> Losses:
     """Return Σ over pairs with ψ_i > ψ_j of Δ_ij log(1 + e^-(s_i - s_j)): LiPO-λ.
 
@@ -72,14 +82,14 @@ def lipo_loss(
     require_positive(beta)
     score = beta * (jnp.asarray(policy_logps) - jnp.asarray(reference_logps))
     better = jnp.asarray(labels)
-    fixed = lax.stop_gradient(score)
-    rank = 1 + jnp.argsort(jnp.argsort(-fixed, axis=-1, stable=True), axis=-1)
-    discount = 1 / jnp.log2(1.0 + rank.astype(score.dtype))
-    gain = jnp.exp2(better.astype(score.dtype))
 
-    def apart(x: Array) -> Array:
+    def apart(x: Any) -> Array:
         return x[..., :, None] - x[..., None, :]
 
+    lead = lax.stop_gradient(apart(score))
+    rank = 1 + jnp.sum((lead < 0) | ((lead == 0) & _places(score, jnp.less)), axis=-1)
+    discount = 1 / jnp.log2(1.0 + rank.astype(score.dtype))
+    gain = jnp.exp2(better.astype(score.dtype))
     weight = jnp.abs(apart(gain)) * jnp.abs(apart(discount))
     counts = apart(better) > 0
     terms = -jax.nn.log_sigmoid(apart(score)) * weight
@@ -91,7 +101,7 @@ def kto_loss(
     reference_logps: ArrayLike,
     desirable: ArrayLike,
     *,
-    beta: float,
+    beta: ArrayLike,
     reference_point: ArrayLike = 0.0,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,

@@ -6,6 +6,7 @@ and is never averaged. Below, Δ = log(π/p_ref)(chosen) - log(π/p_ref)(rejecte
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -36,7 +37,7 @@ def dpo_loss(
     reference_chosen_logps: ArrayLike,
     reference_rejected_logps: ArrayLike,
     *,
-    beta: float,
+    beta: ArrayLike,
     label_smoothing: float = 0.0,
 ) -> Losses:
     """Return -(1-ε) log σ(βΔ) - ε log σ(-βΔ): DPO, with ε conservative DPO.
@@ -76,7 +77,7 @@ def robust_dpo_loss(
     reference_chosen_logps: ArrayLike,
     reference_rejected_logps: ArrayLike,
     *,
-    beta: float,
+    beta: ArrayLike,
     label_smoothing: float,
 ) -> Losses:
     """Return (-(1-ε) log σ(βΔ) + ε log σ(-βΔ))/(1-2ε): DPO's loss, without bias from flips.
@@ -119,7 +120,7 @@ def ipo_loss(
     reference_chosen_logps: ArrayLike,
     reference_rejected_logps: ArrayLike,
     *,
-    beta: float,
+    beta: ArrayLike,
 ) -> Losses:
     """Return (Δ - 1/(2β))²: IPO, whose τ is `beta`.
 
@@ -155,7 +156,7 @@ def hinge_loss(
     reference_chosen_logps: ArrayLike,
     reference_rejected_logps: ArrayLike,
     *,
-    beta: float,
+    beta: ArrayLike,
 ) -> Losses:
     """Return max(0, 1 - βΔ): the hinge on the log-ratio.
 
@@ -223,7 +224,7 @@ def slic_loss(
 
 
 def orpo_loss(
-    policy_chosen_logps: ArrayLike, policy_rejected_logps: ArrayLike, *, beta: float
+    policy_chosen_logps: ArrayLike, policy_rejected_logps: ArrayLike, *, beta: ArrayLike
 ) -> Losses:
     """Return -log π(w) - λ log σ(log odds(w) - log odds(l)), odds(y) = π(y)/(1 - π(y)): ORPO.
 
@@ -255,7 +256,7 @@ def simpo_loss(
     policy_chosen_logps: ArrayLike,
     policy_rejected_logps: ArrayLike,
     *,
-    beta: float,
+    beta: ArrayLike,
     gamma: float = 0.0,
 ) -> Losses:
     """Return -log σ(β (log π(w) - log π(l)) - γ): SimPO, without a reference.
@@ -288,7 +289,7 @@ def exo_loss(
     reference_chosen_logps: ArrayLike,
     reference_rejected_logps: ArrayLike,
     *,
-    beta: float,
+    beta: ArrayLike,
     label_smoothing: float = 1e-3,
 ) -> Losses:
     """Return KL((σ(βΔ), σ(-βΔ)) ‖ (1-ε, ε)): EXO on pairs, the reverse KL of cDPO's forward one.
@@ -343,7 +344,7 @@ def _log1mexp(x: Array) -> Array:
     return jnp.where(near, small, jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))))
 
 
-def require_positive(beta: float) -> None:
-    """Refuse a beta that is not a positive number."""
-    if not beta > 0:
+def require_positive(beta: ArrayLike) -> None:
+    """Refuse a beta that is not a positive number; a traced one is taken as it is."""
+    if not isinstance(beta, jax.core.Tracer) and not np.all(np.asarray(beta) > 0):
         raise ValueError(f"beta is {beta}; expected a number > 0")
