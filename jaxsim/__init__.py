@@ -7,9 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxsim.decoding import take_back_logits as take_back_logits
     from jaxsim.descent import Solution as Solution
     from jaxsim.descent import Status as Status
     from jaxsim.descent import natural_gradient as natural_gradient
+    from jaxsim.engine.lift import best_of_n as best_of_n
     from jaxsim.engine.lift import conditions as conditions
     from jaxsim.engine.lift import evaluate as evaluate
     from jaxsim.engine.lift import evaluate_grid as evaluate_grid
@@ -72,7 +74,6 @@ if TYPE_CHECKING:
     from jaxsim.theorem.verdict import Verdict as Verdict
     from jaxsim.tilting import Evaluation as Evaluation
     from jaxsim.tilting import MixtureWeights as MixtureWeights
-    from jaxsim.tilting import take_back_logits as take_back_logits
 
 __version__ = "0.1.0"
 
@@ -98,6 +99,7 @@ _HOME = {
     "Status": "descent",
     "TpmBounds": "theorem.bounds",
     "Verdict": "theorem.verdict",
+    "best_of_n": "engine.lift",
     "certify": "theorem.certify",
     "conditions": "engine.lift",
     "critical_betas": "theorem.critical",
@@ -137,7 +139,7 @@ _HOME = {
     "slic_loss": "methods.pairwise",
     "solve": "engine.loop",
     "sufficient_beta": "engine.lift",
-    "take_back_logits": "tilting",
+    "take_back_logits": "decoding",
     "theorem2": "engine.lift",
     "to_xarray": "runs.summary",
     "tpm": "engine.lift",

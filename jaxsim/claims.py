@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsim.decoding import take_back_logits
 from jaxsim.logspace import LOG_ZERO, AnyArray, finite_log, first_where, total, unit_roundoff
 from jaxsim.theorem.verdict import Covariances, Outcome, Verdict, verdict
 from jaxsim.tilting import (
@@ -24,7 +25,6 @@ from jaxsim.tilting import (
     log_reference,
     objective_at,
     optimum,
-    take_back_logits,
     tilt,
 )
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxsim.instance import Instance, Masses
@@ -509,39 +508,3 @@ def tpm(log_policy: Float[Array, " outputs *tile"], instance: Instance) -> Float
     share = jax.nn.sigmoid(jnp.where(base.support, log_odds, 0.0))
     policy = jnp.exp(finite_log(log_policy))
     return total(jnp.where(base.support, policy * share, 0.0))[0]
-
-
-def take_back_logits(
-    logits_tuned: ArrayLike,
-    logits_reference: ArrayLike,
-    *,
-    a: ArrayLike,
-    b: ArrayLike,
-) -> Float[Array, " *batch outputs"]:
-    """Return the paper's take-back logits, a·logits_tuned - b·logits_reference (section 1.4).
-
-    With p_tuned = p*, the softmax of the result is p_ref^{a-b} e^{a r/β} up to scale: a - b = 1
-    gives the optimum at β/a, and (a, b) = (0, -1) the reference back. The paper writes α and β for
-    a and b; here those letters mean the mixture weight and the KL price, and nothing else.
-
-    Args:
-        logits_tuned: logits or log-probabilities of the tuned policy, over the last axis.
-        logits_reference: likewise of the reference; `-inf` is outside its support.
-        a: factor of the tuned logits.
-        b: factor of the reference logits.
-
-    Returns:
-        Logits, unnormalised; `-inf` exactly outside the support of the reference, also at a = 0.
-
-    Numerics:
-        Exact for distributions over whole outputs; token by token it is an approximation.
-    """
-    tuned, reference = jnp.asarray(logits_tuned), jnp.asarray(logits_reference)
-    if tuned.shape != reference.shape:
-        raise ValueError(
-            f"take_back_logits: logits_tuned has shape {tuned.shape} and logits_reference "
-            f"{reference.shape}; they must be equal"
-        )
-    inside = reference > -jnp.inf
-    kept = a * jnp.where(inside & (jnp.asarray(a) != 0), tuned, 0.0)
-    return jnp.where(inside, kept - b * jnp.where(inside, reference, 0.0), -jnp.inf)

@@ -16,7 +16,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jaxsim import grid, tilting
+from jaxsim import decoding, grid, tilting
 from jaxsim.engine import native
 from jaxsim.instance import Instance
 from jaxsim.sources import tile_size
@@ -97,6 +97,44 @@ tpm_bounds = lift(bounds.tpm_bounds)
 sufficient_beta = lift(bounds.sufficient_beta)
 _rungs = lift(ladder.conditions)
 _grid = lift(grid.evaluate_grid)
+_best_of_n = lift(decoding.best_of_n)
+
+
+def best_of_n(instance: Instance, n: ArrayLike) -> Array:
+    """Return log π of the best of n samples from p_ref, by the reward: best-of-N decoding.
+
+    π(y) = p_ref(y)/P(L) (F(L)ⁿ - F(<L)ⁿ), where L holds the outputs of y's reward (ties are broken
+    by p_ref), P(L) is its mass, and F(L), F(<L) are those of all outputs up to it and below it.
+
+    Args:
+        instance: one instance, or a batch with one leading axis; its β is not used.
+        n: how many samples, ≥ 1; the formula has a meaning between whole numbers too.
+
+    Returns:
+        Log-probabilities (nats), [outputs] or [instances, outputs]; `-inf` outside the support.
+        KL(π‖p_ref) ≤ log n - (n-1)/n.
+
+    Raises:
+        ValueError: for an n that is no number ≥ 1.
+
+    Numerics:
+        Every output is compared with every other: O(outputs²). Errors are of the order of
+        n·u relative to each probability.
+
+    Source:
+        Beirami et al. 2024, lemma 1, with ties.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxsim import Instance, best_of_n
+        >>> instance = Instance.from_probs([.5, .5], [.5, .5], [0., 1.], .5, 1.)
+        >>> print(jnp.exp(best_of_n(instance, 2)))  # both samples are the worse one in 1 of 4
+        [0.25 0.75]
+    """
+    if not isinstance(n, jax.core.Tracer) and not (np.ndim(n) == 0 and 1 <= n < np.inf):
+        raise ValueError(f"best_of_n: n is {n}; expected one number >= 1")
+    _batch_rank("best_of_n", (instance,))
+    return _best_of_n(instance, n=jnp.asarray(n, jnp.asarray(instance.reward).dtype))
 
 
 def evaluate_grid(instance: Instance, betas: ArrayLike | Sequence[float]) -> grid.Grid:
