@@ -199,7 +199,10 @@ def sample_feedback(key: jax.Array, expected: ArrayLike, num: int) -> Int[Array,
     flat = jnp.asarray(expected).reshape(-1)
     if not isinstance(flat, jax.core.Tracer) and not jnp.sum(flat) > 0:
         raise ValueError("expected holds nothing of positive probability, or nan")
-    drawn = jax.random.categorical(key, jnp.where(flat > 0, jnp.log(flat), -jnp.inf), shape=(num,))
+    below = jnp.cumsum(flat)
+    drawn = jnp.searchsorted(
+        below, below[-1] * jax.random.uniform(key, (num,), below.dtype), "right"
+    )
     return jnp.bincount(drawn, length=flat.size).reshape(jnp.shape(expected))
 
 

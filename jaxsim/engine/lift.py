@@ -131,8 +131,10 @@ def best_of_n(instance: Instance, n: ArrayLike) -> Array:
         >>> print(jnp.exp(best_of_n(instance, 2)))  # both samples are the worse one in 1 of 4
         [0.25 0.75]
     """
-    if not isinstance(n, jax.core.Tracer) and not (np.ndim(n) == 0 and 1 <= n < np.inf):
-        raise ValueError(f"best_of_n: n is {n}; expected one number >= 1")
+    if not isinstance(n, jax.core.Tracer):
+        given = np.asarray(n, np.float64)
+        if given.ndim or not 1 <= given < np.inf:
+            raise ValueError(f"best_of_n: n is {n}; expected one number >= 1")
     _batch_rank("best_of_n", (instance,))
     return _best_of_n(instance, n=jnp.asarray(n, jnp.asarray(instance.reward).dtype))
 
