@@ -199,10 +199,11 @@ def sample_feedback(key: jax.Array, expected: ArrayLike, num: int) -> Int[Array,
     flat = jnp.asarray(expected).reshape(-1)
     if not isinstance(flat, jax.core.Tracer) and not jnp.sum(flat) > 0:
         raise ValueError("expected holds nothing of positive probability, or nan")
-    below = jnp.cumsum(flat)
-    drawn = jnp.searchsorted(
-        below, below[-1] * jax.random.uniform(key, (num,), below.dtype), "right"
-    )
+    up_to = jnp.cumsum(flat * 1.0)  # whole numbers too
+    points = up_to[-1] * jax.random.uniform(key, (num,), up_to.dtype)
+    # What rounds up to the whole belongs to the last one of positive probability.
+    points = jnp.minimum(points, jnp.nextafter(up_to[-1], jnp.zeros_like(up_to[-1])))
+    drawn = jnp.searchsorted(up_to, points, side="right")
     return jnp.bincount(drawn, length=flat.size).reshape(jnp.shape(expected))
 
 
