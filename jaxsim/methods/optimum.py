@@ -18,7 +18,7 @@ from jaxsim.feedback import Feedback
 from jaxsim.instance import Instance
 from jaxsim.methods import margin, saturating
 from jaxsim.methods.existence import OptimumStatus, judge
-from jaxsim.methods.population import METHODS, Method, Prompt, of_pairs, residual, weights_of
+from jaxsim.methods.population import METHODS, Method, Prompt, equations, of_pairs, weights_of
 from jaxsim.tilting import center, log_reference
 
 TOLERANCE = 1e-9
@@ -324,38 +324,36 @@ def _newton(
     """Return the compiled solver of a tile: (prompts, groups, attempt) -> Rest."""
 
     def solve_one(prompt: Prompt, groups: Array, attempt: Array) -> Rest:
-        rate, scale = residual(how, feedback, prompt, dict(hyper))
-        # Objectives on samples stop gradients through the sampling policy, which moves here too.
-        jacobian = _by_differences if how.kind == "samples" else jax.jacfwd
+        at = equations(how, feedback, prompt, dict(hyper))
         convex = how.convex and feedback.sampling != "policy"
         n = prompt.reward.size
         # What feedback leaves free, a constant in each group of outputs, stays as it is: zero.
         free = groups / jnp.sum(groups, axis=1, keepdims=True)
         start = jnp.zeros(n)
-        first = jnp.max(jnp.abs(rate(start)))
+        first = jnp.max(jnp.abs(at.rate(start)))
 
         def advance(rest: Rest) -> Rest:
-            r = rate(rest.s)
+            r = at.rate(rest.s)
             pace = jnp.max(jnp.abs(r))
-            matrix = free - jacobian(rate)(rest.s)
+            matrix = free - at.jacobian(rest.s)
             # Far from rest a method whose loss is not convex follows its flow, so as to end where
             # that would: implicit Euler steps that grow as the rate falls, explicit ones where
             # the flow diverges and an implicit step would go backwards.
             damping = 0.0 if convex else jnp.minimum(1.0, pace / first)
             move = jnp.linalg.solve(matrix + damping * jnp.eye(n), r)
             if not convex:
-                pi = prompt.probabilities(prompt.policy(rest.s / scale))
+                pi = prompt.probabilities(prompt.policy(rest.s / at.scale))
                 metric = pi if how.kind == "samples" else 1.0
                 move = jnp.where(jnp.sum(metric * move * r) > 0, move, r)
             most = jnp.max(jnp.abs(move))
             # A nat at first, where there is no convexity; but a run to infinity has to be seen as
             # one, so that steps grow with the way behind them.
-            leap = 1.0 if convex else scale + jnp.max(jnp.abs(rest.s)) / 4
+            leap = 1.0 if convex else at.scale + jnp.max(jnp.abs(rest.s)) / 4
             s = rest.s + move / jnp.maximum(1.0, most / leap)
-            pi = prompt.probabilities(prompt.policy(s / scale))
+            pi = prompt.probabilities(prompt.policy(s / at.scale))
             return Rest(
                 s=s,
-                last_step=most / scale,
+                last_step=most / at.scale,
                 steps=rest.steps + 1,
                 collapsed=(how.kind == "samples")
                 & (jnp.sum(pi) - jnp.max(pi) < _COLLAPSED)
@@ -380,21 +378,9 @@ def _newton(
                 matrix=jnp.eye(n),
             ),
         )
-        return replace(rest, s=rest.s / scale)
+        return replace(rest, s=rest.s / at.scale)
 
     return jax.jit(jax.vmap(solve_one))
-
-
-def _by_differences(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """Return the Jacobian of a function of a vector, [values, variables]."""
-
-    def jacobian(x: Array) -> Array:
-        step = 1e-5 * jnp.maximum(1.0, jnp.max(jnp.abs(x))) * jnp.eye(x.size)
-        return jax.vmap(
-            lambda h: (function(x + h) - function(x - h)) / (2 * jnp.sum(h)), out_axes=1
-        )(step)
-
-    return jacobian
 
 
 def _optimum(

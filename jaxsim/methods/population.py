@@ -18,7 +18,6 @@ from jaxsim.feedback import Feedback
 from jaxsim.methods import listwise, pairwise, policy_gradient
 
 Vector = Float[Array, " outputs"]
-Residual = Callable[[Vector], Vector]
 
 _PADDING = -1.0  # log π and log p_ref outside the support: any number whose loss is finite
 
@@ -233,54 +232,136 @@ def weights_of(method: Method, feedback: Feedback, prompt: Prompt, mu: Vector) -
     return asked.expected(method.kind, prompt.reward, mu)
 
 
-def residual(
+@dataclass(frozen=True, kw_only=True)
+class Equations:
+    """A rate R(u) that is zero where a method comes to rest, with its Jacobian [rates, outputs].
+
+    u is s times `scale`: β where the feedback fixes β s, or 1.
+    """
+
+    rate: Callable[[Vector], Vector]
+    jacobian: Callable[[Vector], Array]
+    scale: Array
+
+
+def equations(
     method: Method, feedback: Feedback, prompt: Prompt, hyper: dict[str, Any]
-) -> tuple[Residual, Array]:
-    """Return the rate R(u), and β where u = β s, or 1 where u = s."""
+) -> Equations:
+    """Return a method's equations on one prompt."""
     scale = prompt.beta if method.scaled else jnp.ones_like(prompt.beta)
     settings = {"beta": prompt.beta} | hyper
     if method.kind == "samples":
-        return _residual_of_samples(method, prompt, settings), scale
-    return _residual_of_loss(method, feedback, prompt, settings, scale), scale
+        rate = _rate_of_samples(method, prompt, settings, scale)
+        return Equations(rate=rate, jacobian=_by_differences(rate), scale=scale)
+    return _equations_of_loss(method, feedback, prompt, settings, scale)
 
 
-def _residual_of_loss(
+def _equations_of_loss(
     method: Method, feedback: Feedback, prompt: Prompt, hyper: dict[str, Any], scale: Array
-) -> Residual:
-    """Return minus the expected loss's gradient.
+) -> Equations:
+    """Return minus the gradient of an expected loss.
 
     It is taken per output and per appearance of the output in the feedback, so that rare outputs
     are solved for as well as frequent ones.
     """
     on_policy = feedback.sampling == "policy"
 
-    def expected(log_policy: Vector, weights: Array) -> Array:
-        lists = weights.ndim if method.kind != "thumbs" else 1
-        losses = method.function(_lists(log_policy, lists), _lists(prompt.log_ref, lists), **hyper)
-        return jnp.sum(jnp.where(weights != 0, weights * losses, 0.0))
-
-    def residual(u: Vector) -> Vector:
+    def log_policy_at(u: Vector) -> Vector:
         logits = prompt.log_ref + u / scale
-        # Without the constant, which a loss of differences does not see and rounding would.
-        log_policy = (
-            jnp.where(prompt.support, logits, _PADDING)
-            if method.ratios
-            else prompt.normalised(logits)
-        )
-        weights = prompt.weights
-        if on_policy:
-            mu = prompt.probabilities(prompt.normalised(logits))
-            weights = weights_of(method, feedback, prompt, mu)
-        slope = jax.grad(expected)(log_policy, weights) / scale
+        # A loss of differences is given no constant, which it would only see by rounding.
+        if method.ratios:
+            return jnp.where(prompt.support, logits, _PADDING)
+        return prompt.normalised(logits)
+
+    def weights_at(log_policy: Vector) -> Array:
+        if not on_policy:
+            return prompt.weights
+        mu = prompt.probabilities(prompt.normalised(log_policy))
+        return weights_of(method, feedback, prompt, mu)
+
+    def slopes(lists: Array, weights: Array) -> Array:
+        """Return the derivatives of the expected loss by every place of every list."""
+
+        def expected(lists: Array) -> Array:
+            losses = method.function(lists, _lists(prompt.log_ref, weights.ndim), **hyper)
+            return jnp.sum(jnp.where(weights != 0, weights * losses, 0.0))
+
+        return jax.grad(expected)(lists)
+
+    def per_appearance(x: Array, weights: Array) -> Array:
+        met = appearances(weights).reshape((-1,) + (1,) * (x.ndim - 1))
+        return jnp.where(met > 0, x / jnp.where(met > 0, met, 1.0), 0.0)
+
+    def rate(u: Vector) -> Vector:
+        log_policy = log_policy_at(u)
+        weights = weights_at(log_policy)
+        slope = _over_places(slopes(_lists(log_policy, weights.ndim), weights)) / scale
         if not method.ratios:
             slope = slope - prompt.probabilities(log_policy) * jnp.sum(slope)
-        met = jnp.sum(weights, axis=1) if method.kind == "thumbs" else appearances(weights)
-        return jnp.where(met > 0, -slope / jnp.where(met > 0, met, 1.0), 0.0)
+        return per_appearance(-slope, weights)
 
-    return residual
+    def jacobian(u: Vector) -> Array:
+        """Return the Jacobian from second derivatives within lists: k passes over them, not n."""
+        log_policy = log_policy_at(u)
+        weights = weights_at(log_policy)
+        lists = _lists(log_policy, weights.ndim)
+        slope, hessian = _assembled(lambda x: slopes(x, weights), lists)
+        if not method.ratios:
+            pi = prompt.probabilities(log_policy)
+            total = jnp.sum(slope)
+            hessian = hessian - pi[:, None] * jnp.sum(hessian, axis=0)[None]
+            hessian = hessian - jnp.sum(hessian, axis=1)[:, None] * pi[None]
+            hessian = hessian - total * (jnp.diag(pi) - pi[:, None] * pi[None])
+        return per_appearance(-hessian / scale**2, weights)
+
+    return Equations(rate=rate, jacobian=jax.jacfwd(rate) if on_policy else jacobian, scale=scale)
 
 
-def _residual_of_samples(method: Method, prompt: Prompt, hyper: dict[str, Any]) -> Residual:
+def _over_places(x: Array) -> Vector:
+    """Sum what belongs to the places of lists, [outputs] * k + [k], by output."""
+    size = x.shape[-1]
+    parts = [
+        jnp.sum(x[..., place], axis=tuple(a for a in range(size) if a != place))
+        for place in range(size)
+    ]
+    return jnp.sum(jnp.stack(parts), axis=0)
+
+
+def _assembled(slopes: Callable[[Array], Array], lists: Array) -> tuple[Vector, Array]:
+    """Return gradient and Hessian by output of a sum over lists, from its slopes by place."""
+    size, outputs = lists.shape[-1], lists.shape[0]
+    hessian = jnp.zeros((outputs, outputs), lists.dtype)
+    slope = slopes(lists)
+    for place in range(size):
+        along = jnp.zeros_like(lists).at[..., place].set(1.0)
+        change = jax.jvp(slopes, (lists,), (along,))[1]
+        for other in range(size):
+            rest = tuple(a for a in range(size) if a not in (place, other))
+            block = jnp.sum(change[..., other], axis=rest)
+            if other == place:
+                block = jnp.diag(block)
+            elif other > place:
+                block = block.T
+            hessian = hessian + block
+    return _over_places(slope), hessian
+
+
+def _by_differences(rate: Callable[[Vector], Vector]) -> Callable[[Vector], Array]:
+    """Return a Jacobian by central differences.
+
+    Objectives on samples stop gradients through the sampling policy, which moves here too.
+    """
+
+    def jacobian(u: Vector) -> Array:
+        step = 1e-5 * jnp.maximum(1.0, jnp.max(jnp.abs(u))) * jnp.eye(u.size)
+        return jax.vmap(lambda h: (rate(u + h) - rate(u - h)) / (2 * jnp.sum(h)), out_axes=1)(step)
+
+    return jacobian
+
+
+def _rate_of_samples(
+    method: Method, prompt: Prompt, hyper: dict[str, Any], scale: Array
+) -> Callable[[Vector], Vector]:
     """Return the natural policy gradient, from the exact expectation over groups.
 
     With o(y) the derivative of an output's objective in log π(y), averaged over the rest of its
@@ -289,8 +370,8 @@ def _residual_of_samples(method: Method, prompt: Prompt, hyper: dict[str, Any]) 
     hyper = dict(hyper)
     size = hyper.pop("group_size", None)
 
-    def residual(u: Vector) -> Vector:
-        old = prompt.policy(u / prompt.beta)
+    def rate(u: Vector) -> Vector:
+        old = prompt.policy(u / scale)
         pi = prompt.probabilities(old)
 
         def summed(log_policy: Vector) -> Array:
@@ -314,7 +395,7 @@ def _residual_of_samples(method: Method, prompt: Prompt, hyper: dict[str, Any]) 
         o = jax.grad(summed)(old)
         return jnp.where(prompt.support, o - jnp.sum(pi * o), 0.0)
 
-    return residual
+    return rate
 
 
 def _lists(x: Vector, size: int) -> Array:
