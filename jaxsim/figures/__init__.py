@@ -16,6 +16,8 @@ from jaxsim.figures.convergence import convergence
 from jaxsim.figures.counterexample import counterexample
 from jaxsim.figures.depth import depth
 from jaxsim.figures.descent_tpm import descent_tpm
+from jaxsim.figures.finite_samples import finite_samples
+from jaxsim.figures.methods import frontier, methods, methods_tpm
 from jaxsim.figures.prompts import prompts
 from jaxsim.figures.steps_by_beta import steps_by_beta
 from jaxsim.figures.style import Columns, rendered
@@ -31,6 +33,10 @@ __all__ = [
     "depth",
     "descent_tpm",
     "draw_all",
+    "finite_samples",
+    "frontier",
+    "methods",
+    "methods_tpm",
     "prompts",
     "steps_by_beta",
     "tpm_by_beta",
@@ -69,6 +75,10 @@ FIGURES: dict[str, Callable[[Run, Columns], Figure | None]] = {
     "atlas": lambda _, columns: atlas(columns),
     "prompts": lambda _, columns: prompts(columns),
     "depth": lambda _, columns: depth(columns),
+    "methods": lambda _, columns: methods(columns),
+    "methods_tpm": lambda _, columns: methods_tpm(columns),
+    "finite_samples": lambda _, columns: finite_samples(columns),
+    "frontier": lambda _, columns: frontier(columns),
     "steps_by_beta": lambda _, columns: steps_by_beta(columns),
     "descent_tpm": _draw_descent_tpm,
 }

@@ -24,7 +24,7 @@ TOLERANCE = 1e-9
 _TILE = 128  # instances that are solved side by side
 _COLLAPSED = 1e-14  # a policy has collapsed once its best output lacks no more mass than this
 _ROUNDING = 1e-12
-_STEPS = 40, 200  # at most, in a first round and in a second
+_STEPS = 25, 200  # at most, in a first round and in a second
 
 
 @dataclass(frozen=True, kw_only=True)
