@@ -42,10 +42,13 @@ if TYPE_CHECKING:
     from jaxsim.grid import Grid as Grid
     from jaxsim.instance import Instance as Instance
     from jaxsim.logspace import kl_divergence as kl_divergence
+    from jaxsim.methods.check import check_loss as check_loss
     from jaxsim.methods.existence import OptimumStatus as OptimumStatus
     from jaxsim.methods.listwise import kto_loss as kto_loss
     from jaxsim.methods.listwise import lipo_loss as lipo_loss
     from jaxsim.methods.listwise import plackett_luce_dpo_loss as plackett_luce_dpo_loss
+    from jaxsim.methods.measure import PolicyMeasures as PolicyMeasures
+    from jaxsim.methods.measure import measure_policy as measure_policy
     from jaxsim.methods.optimum import Optimum as Optimum
     from jaxsim.methods.optimum import population_optimum as population_optimum
     from jaxsim.methods.pairwise import dpo_loss as dpo_loss
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
     from jaxsim.methods.policy_gradient import ppo_clip as ppo_clip
     from jaxsim.methods.policy_gradient import reinforce as reinforce
     from jaxsim.methods.policy_gradient import rloo as rloo
+    from jaxsim.methods.report import LossReport as LossReport
     from jaxsim.runs.summary import to_xarray as to_xarray
     from jaxsim.theorem.bounds import TpmBounds as TpmBounds
     from jaxsim.theorem.bounds import worst_case_shift as worst_case_shift
@@ -88,10 +92,12 @@ _HOME = {
     "FittedReward": "feedback",
     "Grid": "grid",
     "Instance": "instance",
+    "LossReport": "methods.report",
     "MixtureWeights": "tilting",
     "Optimum": "methods.optimum",
     "OptimumStatus": "methods.existence",
     "Outcome": "theorem.verdict",
+    "PolicyMeasures": "methods.measure",
     "Rewards": "families.spec",
     "Scalar": "families.spec",
     "Simulation": "engine.simulate",
@@ -101,6 +107,7 @@ _HOME = {
     "Verdict": "theorem.verdict",
     "best_of_n": "engine.lift",
     "certify": "theorem.certify",
+    "check_loss": "methods.check",
     "conditions": "engine.lift",
     "critical_betas": "theorem.critical",
     "dpo_loss": "methods.pairwise",
@@ -119,6 +126,7 @@ _HOME = {
     "kl_divergence": "logspace",
     "kto_loss": "methods.listwise",
     "lipo_loss": "methods.listwise",
+    "measure_policy": "methods.measure",
     "mixture_weights": "engine.lift",
     "natural_gradient": "descent",
     "objective": "engine.lift",

@@ -146,3 +146,24 @@ class Native:
 
     remove: bool = False
     """Delete it instead: evaluate is then compiled by XLA again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckLoss:
+    """Find out where a loss of pairs goes, and whether something is wrong with it.
+
+    Exits with 1 where a fault is found.
+    """
+
+    loss: Annotated[tyro.conf.Positional[str], _shown_as("MODULE:FUNCTION")]
+    """The loss, of a module that Python can import from here."""
+    allow_import: bool = False
+    """Import the module, which runs its code; nothing is done without this."""
+    beta: float = 0.1
+    """β, given to the loss where it has a parameter of that name."""
+    reduction: Literal["none", "mean", "sum"] = "none"
+    """What the loss says that it does to a batch."""
+    option: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], _shown_as("NAME=VALUE", "none")
+    ] = ()
+    """Another setting of the loss. Of several values of one name, each must make a difference."""

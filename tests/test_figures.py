@@ -167,7 +167,76 @@ def depths(outputs: list[float], found: float = 0.9) -> Columns:
     )
 
 
+def ends(methods: list[str], tv: float = 1e-3) -> Columns:
+    """Where methods end; the first one reaches p*."""
+    rows = [(m, s) for m in methods for s in ("random", "real prompts")]
+    spread = {"q05": 0.5, "q50": 1.0, "q95": 2.0}
+    one = {
+        f"{what}_{q}": [size * factor] * len(rows)
+        for what, size in (("beta_ratio", 1.0), ("regret", 0.1), ("tpm_gain", 0.1))
+        for q, factor in spread.items()
+    }
+    one |= {f"tpm_gain_optimum_{q}": [0.2 * x] * len(rows) for q, x in spread.items()}
+    distance = [1e-16 if m == methods[0] else tv for m, _ in rows]
+    one |= {f"tv_{q}": [d * x for d in distance] for q, x in spread.items()}
+    return table(
+        len(rows),
+        method=[m for m, _ in rows],
+        source=[s for _, s in rows],
+        reaches=[m == methods[0] for m, _ in rows],
+        tv_max=[3 * d for d in distance],
+        share_at_least_alpha_hold=[0.8] * len(rows),
+        share_at_least_alpha_hold_optimum=[0.9] * len(rows),
+        **one,
+    )
+
+
+def frontiers(methods: list[str]) -> Columns:
+    rows = [(m, b) for m in ["p*", "best of n", *methods] for b in (0.1, 1.0, 10.0)]
+    return table(
+        len(rows),
+        method=[m for m, _ in rows],
+        beta=[b for _, b in rows],
+        share=[1.0] * len(rows),
+        kl=[1 / (1 + b) for _, b in rows],
+        gain=[(0.8 if m in methods[1:] else 1.0) / (1 + b) ** 0.5 for m, b in rows],
+    )
+
+
+def learning(methods: list[str], without: float = 0.5) -> Columns:
+    rows = [(m, n) for m in methods for n in (10, 100, 1000)]
+    errors = {
+        f"{what}_{q}": [factor / n**0.5 for _, n in rows]
+        for what in ("to_optimum", "to_limit")
+        for q, factor in (("q05", 0.5), ("q50", 1.0), ("q95", 2.0))
+    }
+    return table(
+        len(rows),
+        method=[m for m, _ in rows],
+        number=[n for _, n in rows],
+        rate=[-0.5] * len(rows),
+        share_without_optimum=[without] * len(rows),
+        **errors,
+    )
+
+
 SMALL: dict[str, tuple[Callable[[], Figure], set[str]]] = {
+    "methods": (
+        lambda: figures.methods(ends(["one", "other"])),
+        {"one", "other", "total variation to p*", "implied β over β", "real prompts: median"},
+    ),
+    "methods_tpm": (
+        lambda: figures.methods_tpm(ends(["one", "other"])),
+        {"one", "other", "TPM(A) − α", "p*", "real prompts"},
+    ),
+    "frontier": (
+        lambda: figures.frontier(frontiers(["on it", "off it"])),
+        {"off it", "loses up to 20%", "p*, and 2 methods that lie on it", "reward gained"},
+    ),
+    "finite_samples": (
+        lambda: figures.finite_samples(learning(["one", "other"])),
+        {"one", "other", "rate −0.5", "preferences", "to the method's own limit"},
+    ),
     "tpm_by_beta": (
         lambda: figures.tpm_by_beta(tpm(BETAS)),
         {BETA_LABEL, "TPM(A) (probability mass)", "5–95% of instances", "mean α, before tuning"},

@@ -24,7 +24,7 @@ TOLERANCE = 1e-9
 _TILE = 128  # instances that are solved side by side
 _COLLAPSED = 1e-14  # a policy has collapsed once its best output lacks no more mass than this
 _ROUNDING = 1e-12
-_STEPS = 25, 200  # at most, in a first round and in a second
+_FIRST_ROUND = 25  # steps; the few that take more go on to a second round among themselves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,17 @@ def _method(method: str | Callable[..., Any]) -> Method:
 @lru_cache(maxsize=32)
 def _of_loss(loss: Callable[..., Any]) -> Method:
     """Return the method of someone's loss of pairs, of which nothing is known."""
-    return Method(kind="pairs", function=of_pairs(loss), ratios=False, convex=False)
+
+    def function(p: Array, q: Array, **h: Any) -> Array:
+        losses = of_pairs(loss)(p, q, **h)
+        if jnp.shape(losses) != p.shape[:-1]:
+            raise ValueError(
+                f"the loss returned shape {jnp.shape(losses)} for pairs of shape {p.shape[:-1]}; "
+                "expected one value per pair (see jaxsim.check_loss)"
+            )
+        return losses
+
+    return Method(kind="pairs", function=function, ratios=False, convex=False)
 
 
 def _prompts(
@@ -251,11 +261,11 @@ class Rest:
 
 def _rest(settings: Any, prompts: Prompt, groups: np.ndarray, attempt: np.ndarray) -> Rest:
     """Solve in two rounds: the few that take many steps do so among themselves."""
-    rest = _by_tiles(_newton(*settings, _STEPS[0]), prompts, groups, attempt)
+    rest = _by_tiles(_newton(*settings, _FIRST_ROUND), prompts, groups, attempt)
     late = np.flatnonzero(attempt & ~rest.collapsed & ~(rest.last_step <= TOLERANCE))
     if len(late):
         some = jax.tree.map(lambda x: x[late], (prompts, groups, attempt))
-        later = _by_tiles(_newton(*settings, _STEPS[1]), *some)
+        later = _by_tiles(_newton(*settings, settings[0].most_steps), *some)
         for all_of_them, x in zip(jax.tree.leaves(rest), jax.tree.leaves(later), strict=True):
             all_of_them[late] = x
     return rest
