@@ -40,17 +40,22 @@ def plackett_luce_dpo_loss(
         1.7918
     """
     require_positive(beta)
-    score = beta * (jnp.asarray(policy_logps) - jnp.asarray(reference_logps))
-    later = _places(score, jnp.greater)[..., :-1, :]
-    rest = jax.nn.logsumexp(jnp.where(later, score[..., None, :], -jnp.inf), axis=-1)
+    score = _places_first(beta * (jnp.asarray(policy_logps) - jnp.asarray(reference_logps)))
+    later = _compared(score, jnp.greater)[:-1]
+    rest = jax.nn.logsumexp(jnp.where(later, score[None], -jnp.inf), axis=1)
     # As log(1 + e^(rest - score)), which does not cancel where the best output is far ahead.
-    return jnp.sum(-jax.nn.log_sigmoid(score[..., :-1] - rest), axis=-1)
+    return jnp.sum(-jax.nn.log_sigmoid(score[:-1] - rest), axis=0)
 
 
-def _places(lists: Any, compare: Callable[[Any, Any], Array]) -> Array:
-    """Return how the column's place in the list compares to the row's, of the rank of lists + 1."""
-    place = jnp.arange(lists.shape[-1])
-    return jnp.expand_dims(compare(place[None], place[:, None]), tuple(range(lists.ndim - 1)))
+def _places_first(lists: Any) -> Array:
+    """Return lists with their places on the first axis: lists are many and short."""
+    return jnp.moveaxis(jnp.asarray(lists), -1, 0)
+
+
+def _compared(lists: Array, compare: Callable[[Any, Any], Array]) -> Array:
+    """Return how the second axis's place compares to the first's, of the rank of lists + 1."""
+    place = jnp.arange(lists.shape[0])
+    return compare(place[None], place[:, None]).reshape((place.size,) * 2 + (1,) * (lists.ndim - 1))
 
 
 def lipo_loss(
@@ -80,20 +85,22 @@ def lipo_loss(
         0.2558
     """
     require_positive(beta)
-    score = beta * (jnp.asarray(policy_logps) - jnp.asarray(reference_logps))
-    better = jnp.asarray(labels)
+    score = _places_first(beta * (jnp.asarray(policy_logps) - jnp.asarray(reference_logps)))
+    better = _places_first(labels)
 
     def apart(x: Any) -> Array:
-        return x[..., :, None] - x[..., None, :]
+        return x[:, None] - x[None]
 
-    lead = lax.stop_gradient(apart(score))
-    rank = 1 + jnp.sum((lead < 0) | ((lead == 0) & _places(score, jnp.less)), axis=-1)
+    # Compared, not subtracted: a fused multiply-add would tell apart what is equal.
+    mine, theirs = lax.stop_gradient((score[:, None], score[None]))
+    ahead = (theirs > mine) | ((theirs == mine) & _compared(score, jnp.less))
+    rank = 1 + jnp.sum(ahead, axis=1)
     discount = 1 / jnp.log2(1.0 + rank.astype(score.dtype))
     gain = jnp.exp2(better.astype(score.dtype))
     weight = jnp.abs(apart(gain)) * jnp.abs(apart(discount))
     counts = apart(better) > 0
     terms = -jax.nn.log_sigmoid(apart(score)) * weight
-    return jnp.sum(jnp.where(counts, terms, 0.0), axis=(-2, -1))
+    return jnp.sum(jnp.where(counts, terms, 0.0), axis=(0, 1))
 
 
 def kto_loss(
