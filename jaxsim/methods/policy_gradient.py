@@ -8,6 +8,8 @@ With `old_logps` equal to `policy_logps` (one step per sample, no clipping at wo
 what the method follows. Below, s = log(π/p_ref) and ρ = π/π_old.
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
@@ -191,7 +193,10 @@ def grpo(
     if normalize_std:
         std = jnp.sqrt(_group_mean((score - _group_mean(score, weights)) ** 2, weights))
         # Judged by the scores: the mean of equal ones may differ from them by rounding.
-        differ = (jnp.ptp(score, axis=-1, keepdims=True) > 0) & (std > 0)
+        counts = True if weights is None else jnp.asarray(weights) > 0
+        most = jnp.max(jnp.where(counts, score, -jnp.inf), axis=-1, keepdims=True)
+        least = jnp.min(jnp.where(counts, score, jnp.inf), axis=-1, keepdims=True)
+        differ = (most > least) & (std > 0)
         advantage = jnp.where(differ, advantage / jnp.where(differ, std + std_epsilon, 1.0), 0.0)
     gain = _clipped(policy, old, advantage, clip)
     if in_reward:
@@ -305,6 +310,10 @@ def _clipped(policy: Array, old: Array, advantage: Array, clip: float) -> Array:
     if not clip > 0:
         raise ValueError(f"clip is {clip}; expected a number > 0")
     advantage = lax.stop_gradient(advantage)
-    ratio = jnp.exp(policy - old)
-    within = jnp.clip(ratio, 1 - clip, 1 + clip)
-    return jnp.minimum(ratio * advantage, within * advantage)
+    # The smaller of both branches, chosen before the exponential, which may overflow in the other.
+    most, least = math.log1p(clip), math.log1p(-clip) if clip < 1 else -math.inf
+    change = policy - old
+    gaining = advantage >= 0
+    return advantage * jnp.exp(
+        jnp.where(gaining, jnp.minimum(change, most), jnp.maximum(change, least))
+    )
