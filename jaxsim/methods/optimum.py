@@ -104,6 +104,8 @@ def population_optimum(
     if how.kind == "samples" and feedback is not None:
         raise ValueError(f"{method} learns from the policy's own samples: expected no feedback")
     hyper = how.defaults | hyperparameters
+    if not callable(method):
+        _check_settings(method, how, hyper)
     with jax.enable_x64(True):
         prompts, asked = _prompts(how, instance, feedback, hyper.pop("beta", None))
         found = _solve(how, asked, prompts, hyper)
@@ -154,6 +156,8 @@ def _prompts(
         if instance.reward.ndim == 1:
             given = given[None]
         _check_given(how, given, num, n)
+        for place in range(1, 2 if how.kind == "thumbs" else given.ndim):  # no mass, no say
+            given = given * np.expand_dims(support, [a for a in range(1, given.ndim) if a != place])
     compared = np.ones((n, n), bool) if asked.compared is None else np.asarray(asked.compared, bool)
     if compared.shape != (n, n):
         raise ValueError(f"compared has shape {compared.shape}; expected {(n, n)}")
@@ -161,7 +165,7 @@ def _prompts(
         log_ref=np.where(support, log_ref, -1.0),
         support=support,
         reward=np.where(support, wide.reward, 0.0),
-        beta=np.broadcast_to(np.asarray(wide.beta if beta is None else beta, np.float64), (num,)),
+        beta=wide.beta if beta is None else _beta(beta, num),
         sampling=_sampling(asked.sampling, log_ref, support),
         compared=np.broadcast_to(compared, (num, n, n)),
         weights=given,
@@ -171,6 +175,34 @@ def _prompts(
         "policy" if isinstance(asked.sampling, str) and asked.sampling == "policy" else "reference"
     )
     return prompts, replace(asked, sampling=named, compared=None)
+
+
+def _beta(beta: Any, num: int) -> np.ndarray:
+    values = np.asarray(beta, np.float64)
+    if values.shape not in ((), (num,)):
+        raise ValueError(f"beta has shape {values.shape}; expected a number or one per instance")
+    if not (np.all(values > 0) and np.all(np.isfinite(values))):
+        raise ValueError(f"beta is {beta}; expected numbers > 0")
+    return np.broadcast_to(values, (num,))
+
+
+def _check_settings(method: str, how: Method, hyper: dict[str, Any]) -> None:
+    """Refuse hyperparameters that the method's own function refuses."""
+    settings = {k: v for k, v in hyper.items() if k not in ("group_size", "reference_point")}
+    settings |= {} if method == "slic" else {"beta": 1.0}
+    two = np.full(2, -1.0)
+    if how.kind == "samples":
+        size = hyper.get("group_size")
+        alone = method == "rloo" or hyper.get("leave_one_out")
+        if size is not None and not (isinstance(size, int) and size >= (2 if alone else 1)):
+            least = "two" if alone else "one"
+            raise ValueError(f"group_size is {size!r}; expected None, or a number from {least} on")
+        how.function(two, two, two, two, None, **settings)
+        return
+    point = hyper.get("reference_point")
+    if point is not None and not (0 <= point < np.inf):
+        raise ValueError(f"reference_point is {point}; expected None, or a number >= 0")
+    how.function(two, two, **settings)
 
 
 def _sampling(sampling: str | ArrayLike, log_ref: np.ndarray, support: np.ndarray) -> np.ndarray:
@@ -213,16 +245,14 @@ def _check_given(how: Method, given: np.ndarray, num: int, n: int) -> None:
 def _solve(how: Method, feedback: Feedback, prompts: Prompt, hyper: dict[str, Any]) -> Optimum:
     """Solve a batch of prompts: first whether there is an optimum, then where."""
     settings = (how, feedback, tuple(sorted(hyper.items())))
+    if how.solver != "newton" and feedback.sampling == "policy":
+        raise ValueError("its optimum is not solved for where outputs are sampled on-policy")
     if how.kind != "samples" and prompts.weights is None:
         prompts = replace(prompts, weights=_by_tiles(_weigher(*settings[:2]), prompts))
     if how.solver == "margin":
         return _of_margin(how, prompts, hyper)
     status, groups = judge(how, prompts, hyper)
     if how.solver == "saturating":
-        if feedback.sampling == "policy":
-            raise ValueError(
-                "kto: its optimum is not solved for where outputs are sampled on-policy"
-            )
         s, residue = _by_tiles(saturating.solver(settings[2]), prompts)
         return _optimum(prompts, status, groups, s, residue, np.zeros(len(s), np.int32))
     rest = _rest(settings, prompts, groups, status <= OptimumStatus.NOT_UNIQUE)
@@ -342,9 +372,10 @@ def _newton(
             pace = jnp.max(jnp.abs(r))
             matrix = free - at.jacobian(rest.s)
             # Far from rest a method whose loss is not convex follows its flow, so as to end where
-            # that would: implicit Euler steps that grow as the rate falls, explicit ones where
-            # the flow diverges and an implicit step would go backwards.
-            damping = 0.0 if convex else jnp.minimum(1.0, pace / first)
+            # that would: implicit Euler steps that grow as the rate falls and, lest a run to
+            # infinity take for ever, with time; explicit ones where the flow diverges and an
+            # implicit step would go backwards.
+            damping = 0.0 if convex else jnp.minimum(1.0, pace / first) * 0.95**rest.steps
             move = jnp.linalg.solve(matrix + damping * jnp.eye(n), r)
             if not convex:
                 pi = prompt.probabilities(prompt.policy(rest.s / at.scale))

@@ -189,8 +189,7 @@ METHODS: dict[str, Method] = {
     ),
     "lipo": Method(
         kind="rankings",
-        function=_lipo,
-        convex=False,
+        function=_lipo,  # convex between jumps of the weights
         attained="connected",
         most_steps=40,  # where two scores are held together by jumps of the weights, none suffice
     ),
