@@ -146,7 +146,8 @@ def summary(columns: dict[str, np.ndarray], hold: np.ndarray) -> dict[str, Any]:
         kept = tpm >= alpha - 1e-12
         row["share_at_least_alpha" + name] = float(kept[known].mean())
         row["share_at_least_alpha_hold" + name] = float(kept[known & hold].mean())
-    other_side = (columns["tpm_aligned"] >= alpha) != (star >= alpha)
+    moved = (np.abs(columns["tpm_aligned"] - alpha) > 1e-9) & (np.abs(star - alpha) > 1e-9)
+    other_side = moved & ((columns["tpm_aligned"] >= alpha) != (star >= alpha))
     row["share_other_side"] = float(other_side[known].mean())
     certain = np.isin(status, [OptimumStatus.FOUND])
     row["reaches"] = bool(certain.all() and columns["tv"].max() <= REACHES)

@@ -438,13 +438,16 @@ POLICIES: dict[str, PolicyFamily] = {
 
 
 def policies(
-    case: Case, log_p_star: NDArray[np.float64], log_p_ref: NDArray[np.float64], seed: int
+    case: Case,
+    log_p_star: NDArray[np.float64],
+    log_p_ref: NDArray[np.float64],
+    seed: tuple[int, ...],
 ) -> tuple[str, Vector, Vector]:
     """Draw two policies for an instance, stored in its dtype: their names, and both.
 
     One pair in eight is a policy and itself, a few units in the last place apart.
     """
-    rng = np.random.default_rng([seed, 3])
+    rng = np.random.default_rng([*seed, 3])
     drawn: list[tuple[str, Vector]] = []
     for _ in range(2):
         name = str(rng.choice(list(POLICIES)))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Literal
 from mpmath import mp
 
 import jaxsim
@@ -109,11 +110,12 @@ def _numbers_and_bounds() -> Any:
     return jax.jit(judge)
 
 
-def errors(rows: Rows, num: int) -> np.ndarray:
+def errors(rows: Rows, num: int, judge: Any = None) -> np.ndarray:
     """Each number's error over its bound, [rows, 3], of the first rows."""
     with jax.enable_x64(rows.dtype == "float64"):
         tile = jax.tree.map(lambda x: jnp.asarray(x).T, rows.instance)
-        found = [np.asarray(x, np.float64).T.tolist() for x in _numbers_and_bounds()(tile)]
+        judged = (judge or _numbers_and_bounds())(tile)
+        found = [np.asarray(x, np.float64).T.tolist() for x in judged]
     ratios = []
     for row, numbers, bounds in zip(range(num), *(x[:num] for x in found), strict=True):
         stored = rows.stored(row)
@@ -153,7 +155,8 @@ def test_the_largest_error_that_was_searched_for(dtype: str) -> None:
     assert ratios[:, 2].max() > 0.1
 
 
-# By dtype: log p_A, log p_U, r, logit α, β. On a CPU |Δ̂ - Δ| is 0.97 and 0.93 of its bound.
+# By dtype: log p_A, log p_U, r, logit α, β. On a CPU |Δ̂ - Δ| is 0.59 and 0.56 of its bound; of what
+# the bound would be for quotients within 2u, as a CPU's are, 0.98 and 0.93.
 WORST = {
     "float32": (
         ("-0x1.0279p+13", "0x0p+0"),
@@ -172,16 +175,69 @@ WORST = {
 }
 
 
-@pytest.mark.parametrize("dtype", WORST)
-def test_the_worst_that_a_search_has_found_is_below_its_bound(dtype: str) -> None:
+def worst(dtype: str) -> Rows:
     *vectors, logit, beta = WORST[dtype]
     log_a, log_u, reward = (np.asarray([[float.fromhex(x) for x in v]], dtype) for v in vectors)
     logit, beta = (np.asarray([float.fromhex(x)], dtype) for x in (logit, beta))
-    rows = Rows(
+    return Rows(
         log_a=log_a, log_u=log_u, reward=reward, beta=beta, logit_alpha=logit, kind=["worst"]
     )
-    (ratios,) = errors(rows, 1)
+
+
+@pytest.mark.parametrize("dtype", WORST)
+def test_the_worst_that_a_search_has_found_is_below_its_bound(dtype: str) -> None:
+    (ratios,) = errors(worst(dtype), 1)
     assert 0.3 < ratios[2] < 1
+
+
+def judge_with_quotients_off(tile: Instance) -> Any:
+    """Do as `_numbers_and_bounds`, operation by operation, with every quotient 2 to 4u off.
+
+    Each is divided as IEEE 754 says (1u), and multiplied by 1 ± 2u (1u more).
+    """
+    rng = np.random.default_rng(0)
+
+    def run(closed: Any, values: Any) -> list[Any]:
+        known = dict(zip(closed.jaxpr.invars, values, strict=True))
+        known |= dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+
+        def value(atom: Any) -> Any:
+            return atom.val if isinstance(atom, Literal) else known[atom]
+
+        for step in closed.jaxpr.eqns:
+            given = [value(x) for x in step.invars]
+            inner = step.params.get("jaxpr", step.params.get("call_jaxpr"))
+            found = run(inner, given) if inner else step.primitive.bind(*given, **step.params)
+            if step.primitive.name == "div":
+                found *= jnp.asarray(1 + rng.choice([-1, 1], found.shape) * 2.0**-23, found.dtype)
+            found = found if isinstance(found, list) else [found]
+            known |= dict(zip(step.outvars, found, strict=True))
+        return [value(x) for x in closed.jaxpr.outvars]
+
+    return run(jax.make_jaxpr(_numbers_and_bounds())(tile), jax.tree.leaves(tile))
+
+
+def rare_but_best(num: int) -> Rows:
+    """Of A a rare output, of which U has nothing, is all once tilted: Δ rests on its quotient."""
+    rng = np.random.default_rng(1)
+    span, nothing = 10 ** rng.uniform(2, 7, num), np.zeros(num)
+    beta = rng.uniform(0.5, 1, num)
+    return Rows(
+        log_a=np.stack([rng.uniform(2, 6, num) - span, nothing], axis=1).astype("float32"),
+        log_u=np.stack([nothing - np.inf, nothing], axis=1).astype("float32"),
+        reward=np.stack([beta * span, nothing], axis=1).astype("float32"),
+        beta=beta.astype("float32"),
+        logit_alpha=nothing.astype("float32"),
+        kind=[""] * num,
+    )
+
+
+def test_quotients_may_be_as_far_off_as_those_of_a_gpu() -> None:
+    """NVIDIA's division is off by up to 2 units in the last place, which is 4u."""
+    for rows, nearly in ((certified.random_rows(8, 4, 512), 0.02), (rare_but_best(512), 0.6)):
+        ratios = errors(rows, 200, judge_with_quotients_off)
+        assert (ratios < 1).all()
+        assert ratios[:, 2].max() > nearly
 
 
 # The rounding model
@@ -248,16 +304,32 @@ def test_nothing_is_decided_on_an_unchecked_platform(monkeypatch: pytest.MonkeyP
         np.testing.assert_array_equal(getattr(before, number), getattr(after, number))
 
 
+def factor_of_trust(platform: str) -> float:
+    """Return `trust()`, as lowered for a platform that need not be there."""
+    traced = jax.jit(lambda: rounding.trust()).trace()  # a function of its own: traced anew
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    (name,) = re.findall(r"stablehlo\.return (%\S+) : tensor<f32>", text)
+    (value,) = re.findall(rf"{re.escape(name)} = stablehlo\.constant dense<(\S+)>", text)
+    return math.inf if value == "0x7F800000" else float(value)
+
+
+@pytest.mark.parametrize(("platform", "lowered"), [("gpu", "cuda"), ("tpu", "tpu")])
 def test_other_platforms_are_not_trusted_unless_recorded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    platform: str, lowered: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As lowered for each: CPU gets the factor one, a GPU infinity."""
+    """CPU gets the factor one, another platform infinity until its device has passed the check."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    traced = jax.jit(rounding.trust).trace()
-    for platform, factor in (("cpu", "1.0"), ("cuda", "0x7F800000"), ("tpu", "0x7F800000")):
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
-        (name,) = re.findall(r"stablehlo\.return (%\S+) : tensor<f32>", text)
-        assert re.search(rf"{name} = stablehlo.constant dense<{re.escape(factor)}", text)
+    monkeypatch.setattr(rounding, "_backend", lambda: f"{platform}: some kind, jaxlib 1.2.3")
+    assert (factor_of_trust("cpu"), factor_of_trust(lowered)) == (1.0, math.inf)
+    assert not rounding.is_trusted(platform)
+    rounding.record(dict.fromkeys(rounding.BOUNDS, 1.0))
+    assert (factor_of_trust("cpu"), factor_of_trust(lowered)) == (1.0, 1.0)
+    assert rounding.is_trusted(platform)
+    other = {"gpu": "tpu", "tpu": "cuda"}[platform]
+    assert factor_of_trust(other) == math.inf
+    instance = Instance.from_probs([0, 1, 0], [0.5, 0, 0.5], [0, 3, 4], 0.5, 1.0)
+    verdict = jax.jit(lambda x: kernel.theorem2(x))(instance)  # on CPU
+    assert Outcome(int(verdict.conclusion)) == Outcome.FAILS
 
 
 # The default family

@@ -111,7 +111,7 @@ print(json.dumps([jax.device_count(), found]))
 
 
 def on_devices(count: int) -> tuple[int, Any]:
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(count)}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)}
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return tuple(json.loads(done.stdout))  # type: ignore[return-value]

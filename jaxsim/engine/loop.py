@@ -2,11 +2,13 @@
 
 A batch is cut into slabs. Within a slab a fixed number of lanes descend side by side, in arrays
 that fit a core's cache; a lane whose descent has ended hands over its policy and takes the next
-instance of the slab. What a lane computes does not depend on its neighbours.
+instance of the slab. What a lane computes does not depend on its neighbours, and all that rounds is
+compiled for arrays of as many instances as there are lanes, however large the slab.
 """
 
 import operator
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -130,9 +132,9 @@ def _start(start: str | ArrayLike, instance: Instance) -> tuple[str, Array | Non
 
 
 def _begin(
-    start: str, given: tuple[Instance, Array | None]
+    start: str, instance: Instance, logits: Array | None
 ) -> tuple[descent.Problem, Float[Array, " outputs *tile"]]:
-    instance, logits = lax.stop_gradient(given)
+    instance, logits = lax.stop_gradient((instance, logits))
     task = descent.problem(instance)
     if logits is None:
         return task, descent.starting_logits(start, task)
@@ -146,7 +148,7 @@ def _solve_one(
     tolerance: Array,
 ) -> descent.Solution:
     """Solve one instance, [outputs]."""
-    task, logits = _begin(method.start, given)
+    task, logits = _begin(method.start, *given)
     state = lax.while_loop(
         descent.running,
         lambda state: descent.advance(state, task, method, _CAUTION * tolerance),
@@ -181,10 +183,13 @@ def _solve_batch(
             ),
             given,
         )
-        solved = lax.map(lambda slab: _solve_slab(method, lanes, slab, tolerance), slabs)
+        solved = lax.map(lambda slab: _solve_slab(method, lanes, (slab, size), tolerance), slabs)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num], solved)
     on_host = jax.tree.map(np.asarray, given)
-    slabs = (jax.tree.map(partial(cut, begin=begin), on_host) for begin in range(0, num, size))
+    slabs = (
+        (jax.tree.map(partial(cut, begin=begin), on_host), np.int32(min(size, num - begin)))
+        for begin in range(0, num, size)
+    )
     parts = on_each_device(_solve_slab, (method, lanes), slabs, tolerance)
     return jax.tree.map(lambda *x: jnp.concatenate(x)[:num], *parts)
 
@@ -192,20 +197,42 @@ def _solve_batch(
 def _solve_slab(
     method: descent.Method,
     lanes: int,
-    given: tuple[Instance, Array | None],
+    slab: tuple[tuple[Instance, Array | None], int | Array],
     tolerance: Array,
 ) -> descent.Solution:
-    """Solve a slab, [instances, outputs], on so many lanes."""
+    """Solve a slab, [instances, outputs], on so many lanes; past its count it is padding."""
+    given, count = slab
     size = given[0].reward.shape[0]
-    task, logits = _begin(method.start, jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), given))
-    queue = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (task, logits))
+
+    def by_block(function: Callable[..., Any], rows: Any) -> Any:
+        """Apply a function of tiles to rows, as many at a time as there are lanes.
+
+        A loop of one turn would be fused with what surrounds it; the condition keeps it apart.
+        """
+
+        def apply(block: Any) -> Any:
+            found = function(*jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), block))
+            return jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), found)
+
+        def none(block: Any) -> Any:
+            return jax.tree.map(jnp.zeros_like, apply(block))  # of which the shapes alone remain
+
+        def one(at: tuple[Array, Any]) -> Any:
+            begin, block = at
+            return lax.cond(begin < count, apply, none, block)
+
+        blocks = jax.tree.map(lambda x: x.reshape(-1, lanes, *x.shape[1:]), rows)
+        found = lax.map(one, (jnp.arange(0, size, lanes), blocks))
+        return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), found)
+
+    queue = by_block(partial(_begin, method.start), given)
 
     def fetch(rows: Array) -> tuple[descent.Problem, Array]:
         return jax.tree.map(lambda x: jnp.moveaxis(x[rows], 0, -1), queue)
 
     def descend(at: _Lanes) -> _Lanes:
         """Step until enough lanes wait to be refilled, or none is left that could be."""
-        enough = jnp.where(at.taken < size, lanes - lanes // _REFILL, 0)
+        enough = jnp.where(at.taken < count, lanes - lanes // _REFILL, 0)
 
         def go_on(state: descent.State) -> Array:
             return jnp.sum(descent.running(state).astype(jnp.float32)) > enough
@@ -218,7 +245,7 @@ def _solve_slab(
     def refill(at: _Lanes) -> _Lanes:
         """Take down what has ended, and put the next instances in its place."""
         ended = ~descent.running(at.state)
-        place = jnp.where(ended, at.rows, size)  # beyond the end: dropped
+        place = jnp.where(ended, at.rows, size)  # in the padding of no use, beyond it: dropped
         done = jax.tree.map(
             lambda all_, x: all_.at[place].set(jnp.moveaxis(x, -1, 0), mode="drop"),
             at.done,
@@ -227,7 +254,7 @@ def _solve_slab(
         rows = at.taken + jnp.cumsum(ended.astype(jnp.int32)) - 1
         fresh_task, fresh_logits = fetch(jnp.minimum(rows, size - 1))
         fresh = descent.init(fresh_task, fresh_logits, method)
-        takes = ended & (rows < size)
+        takes = ended & (rows < count)
 
         def swap(new: Array, old: Array) -> Array:
             return jnp.where(takes, new, old)
@@ -256,13 +283,10 @@ def _solve_slab(
         lambda at: jnp.any(descent.running(at.state)), lambda at: refill(descend(at)), first
     )
 
-    def certify(part: tuple[Instance, descent.Ended]) -> descent.Solution:
-        instance, ended = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), part)
-        found = descent.certificate(ended, instance, tolerance)
-        return jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), found)
-
-    parts = jax.tree.map(lambda x: x.reshape(-1, lanes, *x.shape[1:]), (given[0], last.done))
-    return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), lax.map(certify, parts))
+    return by_block(
+        lambda instance, ended: descent.certificate(ended, instance, tolerance),
+        (given[0], last.done),
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -286,7 +310,7 @@ class Trace:
 @partial(jax.jit, static_argnums=0)
 def _trace(method: descent.Method, instance: Instance) -> Trace:
     """Record descents on a tile, [outputs, instances], whether or not they have converged."""
-    task, logits = _begin(method.start, (instance, None))
+    task, logits = _begin(method.start, instance, None)
     base = center(instance)
     optimal = tilt(base, instance.beta)
     # The loss takes rewards from their maximum, the closed form from their mean.
@@ -339,7 +363,7 @@ class _Lanes:
     """Descents side by side.
 
     Attributes:
-        rows: which instance of the slab each lane descends on; beyond the slab: none.
+        rows: which instance of the slab each lane descends on; beyond its count: none.
         taken: how many instances of the slab have been given to a lane.
         task: what the lanes see, [outputs, lanes].
         state: where they are.

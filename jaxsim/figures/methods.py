@@ -26,7 +26,7 @@ from jaxsim.figures.style import (
     styled,
 )
 
-_LEFT, _GAP, _TOP, _FOOT, _ROW = 1.92, 0.16, 0.5, 0.42, 0.145
+_LEFT, _GAP, _TOP, _FOOT, _ROW = 1.92, 0.3, 0.36, 0.42, 0.145
 _FLOOR = 1e-17  # a smaller distance is none
 _REACHES = 1e-6
 _DRAWN = "random"  # the source that is drawn in full; others get a hollow mark
@@ -92,7 +92,7 @@ def methods_tpm(columns: Columns) -> Figure:
             style = _mark(source == _DRAWN)
             axes[1].plot([100 * share], [rows.index(label)], linestyle="", zorder=3, **style)
     axes[1].axvline(100 * own["share_at_least_alpha_hold_optimum"][0], color=ALIGNED, linewidth=0.8)
-    axes[1].set_xlabel("share with TPM(A) ≥ α, where hypotheses hold (%)")
+    axes[1].set_xlabel("TPM(A) ≥ α where hypotheses hold (%)")
     axes[1].set_xlim(None, 101)
     _key(figure, p_star=True)
     return figure
@@ -101,7 +101,7 @@ def methods_tpm(columns: Columns) -> Figure:
 def _methods(columns: Columns) -> list[str]:
     """Return the methods, those that reach p* on top, else in the order of the table."""
     own = where(columns, [s == _DRAWN for s in columns["source"]])
-    reaches = dict(zip(own["method"], own["reaches"], strict=True))
+    reaches = {m: str(x) == "True" for m, x in zip(own["method"], own["reaches"], strict=True)}
     return sorted(dict.fromkeys(columns["method"]), key=lambda m: not reaches[m])[::-1]
 
 
@@ -183,7 +183,7 @@ def frontier(columns: Columns) -> Figure:
     names = [m for m in dict.fromkeys(columns["method"]) if m != "p*"]
     off = [m for m in names if _lost(_line(columns, m), best) > 1e-3]
     down = math.ceil(len(off) / _ACROSS)
-    head, title, foot, left = 0.36, 0.3, 0.44, 0.46
+    head, title, foot, left = 0.3, 0.5, 0.44, 0.46
     figure = Figure((PAGE, head + down * (_HIGH + title) + foot))
     wide = (PAGE - left - 0.08 - (_ACROSS - 1) * 0.14) / _ACROSS
     top = 1.05 * max(best[1])
@@ -205,11 +205,11 @@ def frontier(columns: Columns) -> Figure:
             axes.set_ylabel("reward gained")
         lost = 100 * _lost(mine, best)
         place = left + column * (wide + 0.14)
-        note(figure, place, head + row * (_HIGH + title) + 0.02, name(method, 27), fontsize=7)
+        note(figure, place, head + row * (_HIGH + title) + 0.18, name(method, 27), fontsize=7)
         note(
             figure,
             place + 0.05,
-            head + row * (_HIGH + title) + 0.17,
+            head + row * (_HIGH + title) + 0.33,
             f"loses up to {number(lost, 2)}%",
             fontsize=6.5,
             color=MUTED,
@@ -233,7 +233,8 @@ def _line(columns: Columns, method: str) -> tuple[list[float], list[float]]:
         ],
     )
     pairs = sorted(zip(part["kl"], part["gain"], strict=True))
-    return [max(x, 1e-9) for x, _ in pairs], [y for _, y in pairs]
+    pairs = [(x, y) for x, y in pairs if x > 1e-4]
+    return [x for x, _ in pairs], [y for _, y in pairs]
 
 
 def _lost(line: tuple[list[float], list[float]], best: tuple[list[float], list[float]]) -> float:

@@ -169,7 +169,7 @@ def shift_error(x: Tilt) -> Array:
     linearised = 2 * (unit * (peaks + 128.0)) ** 2
     # Where t is so large that its error may exceed a unit, the worst output counts, not the mean.
     large = (x.spread + peaks) * unit > 1 / 16
-    extreme = unit * (8 * x.spread + 4 * peaks) + 3 + 2 * log_n
+    extreme = unit * (2 * (1 + QUOTIENT) * x.spread + 4 * peaks) + 3 + 2 * log_n
     out_of_reach = (x.spread + peaks) > 1e18
     wide = unit * wide + jnp.where(large, extreme, linearised)
     wide = jnp.where(out_of_reach, jnp.inf, wide)
