@@ -61,7 +61,7 @@ def finite_samples(columns: Columns) -> Figure:
         strip.set_ylim(0, 100)
         axes.set_yscale("log")
         axes.set_ylim(10 ** math.floor(math.log10(low)), 1.2)
-        places = [10.0**k for k in range(math.floor(math.log10(low)), 1)]
+        places = [10.0**k for k in range(math.floor(math.log10(low)) + 1, 1)]
         ticks(axes.yaxis, places, [decade(x) for x in places] if not column else [""] * len(places))
         ticks(strip.yaxis, [0, 100], ["0", "100%"] if not column else ["", ""])
         for which in (axes, strip):

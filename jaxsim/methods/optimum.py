@@ -21,9 +21,12 @@ from jaxsim.tilting import center, log_reference
 
 TOLERANCE = 1e-9
 """A solve ends when the last Newton step moved no log-ratio by more (nats)."""
+CLOSE = 1e-7
+"""Where rounding keeps steps from getting that small, one that has ended thus is found (nats)."""
 _TILE = 128  # instances that are solved side by side
 _COLLAPSED = 1e-14  # a policy has collapsed once its best output lacks no more mass than this
 _ROUNDING = 1e-12
+_RUNS_AWAY = 3  # such steps in a row
 _FIRST_ROUND = 25  # steps; the few that take more go on to a second round among themselves
 
 
@@ -276,7 +279,7 @@ class Rest:
         s: log(π/p_ref), up to a constant.
         last_step: of a log-ratio, at most.
         steps: taken.
-        collapsed: whether all mass is on one output, and runs to it without slowing down.
+        running: steps for which all mass has been on one output and ran to it without slowing down.
         pace: the largest rate before the last step.
         matrix: minus the rate's Jacobian, the free directions filled in.
     """
@@ -284,9 +287,14 @@ class Rest:
     s: Any
     last_step: Any
     steps: Any
-    collapsed: Any
+    running: Any
     pace: Any
     matrix: Any
+
+    @property
+    def collapsed(self) -> Any:
+        """Whether the flow has run away to one output."""
+        return self.running >= _RUNS_AWAY
 
 
 def _rest(settings: Any, prompts: Prompt, groups: np.ndarray, attempt: np.ndarray) -> Rest:
@@ -375,7 +383,9 @@ def _newton(
             # that would: implicit Euler steps that grow as the rate falls and, lest a run to
             # infinity take for ever, with time; explicit ones where the flow diverges and an
             # implicit step would go backwards.
-            damping = 0.0 if convex else jnp.minimum(1.0, pace / first) * 0.95**rest.steps
+            damping = 0.0 if convex else jnp.minimum(1.0, pace / first)
+            if how.kind == "samples":
+                damping = damping * 0.95**rest.steps
             move = jnp.linalg.solve(matrix + damping * jnp.eye(n), r)
             if not convex:
                 pi = prompt.probabilities(prompt.policy(rest.s / at.scale))
@@ -391,16 +401,20 @@ def _newton(
                 s=s,
                 last_step=most / at.scale,
                 steps=rest.steps + 1,
-                collapsed=(how.kind == "samples")
-                & (jnp.sum(pi) - jnp.max(pi) < _COLLAPSED)
-                & (pace >= jnp.maximum(rest.pace * (1 - _ROUNDING), 0.1 * first)),
+                running=jnp.where(
+                    (how.kind == "samples")
+                    & (jnp.sum(pi) - jnp.max(pi) < _COLLAPSED)
+                    & (pace >= jnp.maximum(rest.pace * (1 - _ROUNDING), 0.1 * first)),
+                    rest.running + 1,
+                    0,
+                ),
                 pace=pace,
                 matrix=matrix,
             )
 
         def goes_on(rest: Rest) -> Array:
             moving = (rest.last_step > TOLERANCE) & (rest.steps < max_steps)
-            return attempt & moving & ~rest.collapsed
+            return attempt & moving & (rest.running < _RUNS_AWAY)
 
         rest = lax.while_loop(
             goes_on,
@@ -409,7 +423,7 @@ def _newton(
                 s=start,
                 last_step=jnp.asarray(jnp.inf),
                 steps=jnp.asarray(0, jnp.int32),
-                collapsed=jnp.asarray(False),
+                running=jnp.asarray(0, jnp.int32),
                 pace=jnp.asarray(jnp.inf),
                 matrix=jnp.eye(n),
             ),
@@ -432,7 +446,7 @@ def _optimum(
     tried = status <= OptimumStatus.NOT_UNIQUE
     empty = np.any(prompts.support & np.isneginf(s), axis=1)
     status[tried & empty] = OptimumStatus.NOT_ATTAINED
-    status[tried & ~(last_step <= TOLERANCE)] = OptimumStatus.NOT_FOUND
+    status[tried & ~(last_step <= CLOSE)] = OptimumStatus.NOT_FOUND
     support = prompts.support
     s = np.where(support & tried[:, None], s, -np.inf)
     log_policy = _log_softmax(np.where(support, prompts.log_ref, -np.inf) + s)
