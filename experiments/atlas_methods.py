@@ -6,7 +6,8 @@ and one small instance worked through all methods.
 
 Expected: within 1e-6 of p* in total variation are the reward model with eq. (1), RLHF with the
 penalty in the reward, DPO on true labels, robust DPO with the true flip rate, Plackett–Luce DPO, k2
-in the loss, and Dr. GRPO with an unbiased KL; all others are not. Some six minutes on two cores.
+in the loss, and Dr. GRPO with an unbiased KL; all others are not. It took 25 minutes on two cores
+that others used too.
 
 DIR/data/methods.csv has a row per method and source, DIR/instances.parquet a row per instance.
 """

@@ -7,7 +7,7 @@ independent samples.
 Expected: the error to the own limit falls as the square root of the number; to p* it does so for
 DPO, the reward model with eq. (1) (the same policy) and robust DPO, and stays above a floor for
 IPO, KTO, flipped labels and pairs that never cross two halves. With few preferences DPO has no
-optimum on most samples, and robust DPO a loss without lower bound. Two minutes on two cores.
+optimum on most samples, and robust DPO a loss without lower bound. A few minutes on two cores.
 
 DIR/data/finite_samples.csv has a row per method and number.
 """
