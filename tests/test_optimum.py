@@ -56,11 +56,10 @@ def prompts(
 
 
 @cache
-def thousand() -> tuple[Prompts, Numbers]:
-    """A thousand instances, and their p*."""
-    given = prompts(1000, seed=1)
+def eq_1(num: int) -> Numbers:
+    """p* of `prompts(num)`."""
     with jax.enable_x64(True):
-        return given, np.exp(np.asarray(jaxsim.optimal_policy(given.instance)))
+        return np.exp(np.asarray(jaxsim.optimal_policy(prompts(num).instance)))
 
 
 @cache
@@ -97,7 +96,7 @@ def total_variation(found: Optimum, policy: Numbers) -> float:
 
 def assert_found(found: Optimum) -> None:
     assert np.bincount(np.ravel(found.status), minlength=5).tolist()[1:] == [0] * 4
-    assert np.all(found.last_step <= 1e-7)
+    assert np.all(found.last_step <= 1e-9)
 
 
 def pairs(r: Numbers, mu: Numbers, flip: float = 0.0) -> Numbers:
@@ -129,22 +128,20 @@ REACHING: dict[str, tuple[str, dict[str, Any], Feedback | None]] = {
 @pytest.mark.parametrize("name", REACHING)
 def test_methods_that_reach_equation_1(name: str) -> None:
     method, settings, feedback = REACHING[name]
-    given, optimal = thousand()
-    found = population_optimum(method, given.instance, feedback, **settings)
+    found = population_optimum(method, prompts(1000).instance, feedback, **settings)
     assert_found(found)
     assert found.log_policy.dtype == np.float64 and found.log_policy.shape == (1000, 5)
-    assert total_variation(found, optimal) <= 1e-6
-    apart = found.log_policy - np.log(given.p)
+    assert total_variation(found, eq_1(1000)) <= 1e-6
+    apart = found.log_policy - np.log(prompts(1000).p)
     for bound in (found.low, found.high):
         np.testing.assert_allclose(bound, apart - apart[:, :1], rtol=1e-9, atol=1e-9)
 
 
 def test_a_product_distribution_of_any_kind_leads_to_equation_1() -> None:
-    given, optimal = thousand()
     for mu in (shown(1000), 5 * shown(1000)[0]):
-        found = population_optimum("dpo", given.instance, Feedback(sampling=mu))
+        found = population_optimum("dpo", prompts(1000).instance, Feedback(sampling=mu))
         assert_found(found)
-        assert total_variation(found, optimal) <= 1e-6
+        assert total_variation(found, eq_1(1000)) <= 1e-6
 
 
 # Methods with a closed form of their own.
@@ -166,7 +163,7 @@ def test_ipo() -> None:
 
 def test_ipo_on_policy() -> None:
     """A fixed point, unique: the equilibrium of a game that is symmetric and regularised."""
-    given, _ = thousand()
+    given = prompts(256)
     found = population_optimum("ipo", given.instance, Feedback(sampling="policy"))
     assert_found(found)
     pi = np.exp(found.log_policy)
@@ -188,7 +185,7 @@ def reverse_tilt(p: Numbers, r: Numbers, beta: float) -> Numbers:
 
 
 def test_grpo_with_k3() -> None:
-    given, _ = thousand()
+    given = prompts(1000)
     found = population_optimum("grpo", given.instance, normalize_std=False, kl="k3")
     assert_found(found)
     wanted = np.array([reverse_tilt(*x) for x in zip(given.p, given.r, given.beta, strict=True)])
@@ -287,17 +284,10 @@ def test_groups_with_std_come_to_rest_where_the_expected_gradient_is_zero() -> N
 
 
 def test_simpo() -> None:
-    """Of the reference nothing is left, however far from it and however steep the loss is there."""
     given = prompts(256)
-    wanted = softmax(given.r / given.beta[:, None])
-    rare = np.linspace(1, 40, 5) * np.random.default_rng(0).uniform(size=(256, 1))
-    with jax.enable_x64(True):
-        p = softmax(-rare)
-        skewed = Instance.from_probs(p, p, given.r, 0.5, given.beta)
-    for instance in (given.instance, skewed):
-        found = population_optimum("simpo", instance, Feedback(sampling=shown(256)))
-        assert_found(found)
-        assert total_variation(found, wanted) <= 1e-6
+    found = population_optimum("simpo", given.instance, Feedback(sampling=shown(256)))
+    assert_found(found)
+    assert total_variation(found, softmax(given.r / given.beta[:, None])) <= 1e-6
 
 
 EPSILON = 0.1
@@ -633,25 +623,6 @@ def test_slic_with_little_cross_entropy_nears_the_hinge() -> None:
     np.testing.assert_allclose(np.exp(much.log_policy), given.p, atol=1e-5)
 
 
-def test_slic_with_outputs_that_are_all_but_never_seen() -> None:
-    """Their share of π over their share of p_ref has a limit."""
-    rare = np.array([1e-6, 1e-8, 1e-10, 1e-12])
-    p = np.stack([np.full(4, 0.4), 0.6 - rare, rare], axis=1)
-    with jax.enable_x64(True):
-        instance = Instance.from_probs(p, p, np.array([0.0, 1.0, 2.0]), 0.5, 1.0)
-    for weight in (1e-3, 0.1, 1.0):
-        found = population_optimum("slic", instance, regularization=weight)
-        assert_found(found)
-        apart = found.log_policy[:, 2] - np.log(rare)
-        np.testing.assert_allclose(apart[1:], apart[-1], atol=1e-4)
-    rng = np.random.default_rng(0)
-    p = np.maximum(rng.dirichlet(np.full(5, 0.3), 200), 1e-10)
-    p /= p.sum(axis=1, keepdims=True)
-    with jax.enable_x64(True):
-        instance = Instance.from_probs(p, p, rng.normal(size=(200, 5)), 0.5, 1.0)
-    assert_found(population_optimum("slic", instance))
-
-
 # KTO.
 
 
@@ -804,7 +775,7 @@ def test_kinds_of_optima(
     for at, status in enumerate(statuses):
         if status in (FOUND, NOT_UNIQUE):
             assert np.exp(found.log_policy[at]).sum() == pytest.approx(1, rel=1e-12)
-            assert found.last_step[at] <= 1e-7
+            assert found.last_step[at] <= 1e-9
         else:
             assert np.all(np.isnan(found.log_policy[at, :3])) and np.all(np.isnan(found.low[at]))
         if status == NOT_UNIQUE:  # the third was compared to none
