@@ -2,11 +2,9 @@
 
 import io
 import sys
-from ast import literal_eval
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +23,8 @@ from jaxsim.commands import (
     Solve,
     Status,
     Verify,
+    imported,
+    options_of,
 )
 from jaxsim.runs.config import DEFAULT_BETAS, RunConfig, load
 
@@ -517,51 +517,14 @@ def _native(command: Native, argv: list[str]) -> int:
 
 def _check_loss(command: CheckLoss, argv: list[str]) -> int:
     with _user_input():
-        options = _options(command.option)
-        loss = _imported(command.loss, allowed=command.allow_import)
+        options = options_of(command.option)
+        loss = imported(command.loss, allowed=command.allow_import)
 
         from jaxsim.methods.check import check_loss
 
         report = check_loss(loss, beta=command.beta, reduction=command.reduction, options=options)
     print(report)
     return 0 if report.passed else 1
-
-
-def _imported(text: str, *, allowed: bool) -> Any:
-    """Import a function given as module:function; the module may lie in the current directory."""
-    module, _, path = text.partition(":")
-    if not all(name.isidentifier() for name in [*module.split("."), *path.split(".")]):
-        raise ValueError(f"{text!r} is no function; expected MODULE:FUNCTION, such as losses:dpo")
-    if not allowed:
-        raise ValueError(
-            f"to check {text} imports {module}, which runs its code; allow it with --allow-import"
-        )
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = import_module(module)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{module} cannot be imported: {type(error).__name__}: {error}") from error
-    for name in path.split("."):
-        if not hasattr(found, name):
-            raise ValueError(f"{text}: there is no {name} in {module}")
-        found = getattr(found, name)
-    if not callable(found):
-        raise ValueError(f"{text} cannot be called; expected a function")
-    return found
-
-
-def _options(given: tuple[str, ...]) -> dict[str, Any]:
-    """Return settings by name; where a name is given several times, a list of its values."""
-    values: dict[str, list[Any]] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not (equals and name.isidentifier()):
-            raise ValueError(f"option is {text!r}; expected NAME=VALUE")
-        try:
-            values.setdefault(name, []).append(literal_eval(value))
-        except (ValueError, SyntaxError):
-            values[name].append(value)
-    return {name: x[0] if len(x) == 1 else x for name, x in values.items()}
 
 
 def name_clash() -> str | None:

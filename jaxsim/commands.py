@@ -1,6 +1,12 @@
-"""What the command line takes: a dataclass per command, its fields the options. Imports no JAX."""
+"""What the command line takes: a dataclass per command, its fields the options. Imports no JAX.
 
+Also how functions and settings that are named there are read.
+"""
+
+import sys
+from ast import literal_eval
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -167,3 +173,40 @@ class CheckLoss:
         tyro.conf.UseAppendAction[tuple[str, ...]], _shown_as("NAME=VALUE", "none")
     ] = ()
     """Another setting of the loss. Of several values of one name, each must make a difference."""
+
+
+def imported(text: str, *, allowed: bool) -> Any:
+    """Import a function given as module:function; the module may lie in the current directory."""
+    module, _, path = text.partition(":")
+    if not all(name.isidentifier() for name in [*module.split("."), *path.split(".")]):
+        raise ValueError(f"{text!r} is no function; expected MODULE:FUNCTION, such as losses:dpo")
+    if not allowed:
+        raise ValueError(
+            f"to check {text} imports {module}, which runs its code; allow it with --allow-import"
+        )
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = import_module(module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{module} cannot be imported: {type(error).__name__}: {error}") from error
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise ValueError(f"{text}: there is no {name} in {module}")
+        found = getattr(found, name)
+    if not callable(found):
+        raise ValueError(f"{text} cannot be called; expected a function")
+    return found
+
+
+def options_of(given: tuple[str, ...]) -> dict[str, Any]:
+    """Return settings by name; where a name is given several times, a list of its values."""
+    values: dict[str, list[Any]] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (equals and name.isidentifier()):
+            raise ValueError(f"option is {text!r}; expected NAME=VALUE")
+        try:
+            values.setdefault(name, []).append(literal_eval(value))
+        except (ValueError, SyntaxError):
+            values[name].append(value)
+    return {name: x[0] if len(x) == 1 else x for name, x in values.items()}

@@ -62,9 +62,11 @@ def expected_pairs(
         allowed = jnp.asarray(compared, bool)
         drawn = jnp.where(allowed | allowed.T, drawn, 0.0)
     total = jnp.sum(drawn * wins)
+    # Shares first: on-policy this is differentiated, and total² may underflow.
+    unit = lax.stop_gradient(jnp.where(total > 0, total, 1.0))
     if not isinstance(total, jax.core.Tracer) and not total > 0:
         raise ValueError("no pair can be drawn: sampling or compared leave none")
-    return drawn * wins / total
+    return drawn / unit * wins / jnp.where(total > 0, total / unit, 1.0)
 
 
 def expected_rankings(reward: ArrayLike, sampling: ArrayLike, *, size: int) -> Float[Array, "..."]:
@@ -98,22 +100,19 @@ def expected_rankings(reward: ArrayLike, sampling: ArrayLike, *, size: int) -> F
     r, mu = _checked(reward, sampling)
     if not 2 <= size <= r.size:
         raise ValueError(f"size is {size}; expected 2 to the number of outputs, {r.size}")
-    index = rankings_index(r.size, size)
+    index = np.indices((r.size,) * size).reshape(size, -1).T
     ranked = r[index]
     rest = lax.cumlogsumexp(ranked, axis=1, reverse=True)
-    distinct = np.array([len(set(row)) == size for row in index.tolist()])
+    distinct = np.all(np.diff(np.sort(index, axis=1), axis=1) > 0, axis=1)
     drawn = jnp.where(distinct, jnp.prod(mu[index], axis=1), 0.0)
     total = jnp.sum(drawn)
     if not isinstance(total, jax.core.Tracer) and not total > 0:
         raise ValueError("no list can be drawn: sampling leaves too few outputs")
     # Each set is counted in k! orders, whose probabilities sum to one.
-    chance = drawn * jnp.exp(jnp.sum(ranked - rest, axis=1)) * (math.factorial(size) / total)
+    unit = lax.stop_gradient(jnp.where(total > 0, total, 1.0))
+    chance = drawn / unit * jnp.exp(jnp.sum(ranked - rest, axis=1))
+    chance = chance * (math.factorial(size) / jnp.where(total > 0, total / unit, 1.0))
     return chance.reshape((r.size,) * size)
-
-
-def rankings_index(outputs: int, size: int) -> np.ndarray:
-    """Return all lists of so many of the outputs, repeated ones too, [outputs ** size, size]."""
-    return np.indices((outputs,) * size).reshape(size, -1).T
 
 
 def expected_thumbs(

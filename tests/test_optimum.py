@@ -56,10 +56,11 @@ def prompts(
 
 
 @cache
-def eq_1(num: int) -> Numbers:
-    """p* of `prompts(num)`."""
+def thousand() -> tuple[Prompts, Numbers]:
+    """A thousand instances, and their p*."""
+    given = prompts(1000, seed=1)
     with jax.enable_x64(True):
-        return np.exp(np.asarray(jaxsim.optimal_policy(prompts(num).instance)))
+        return given, np.exp(np.asarray(jaxsim.optimal_policy(given.instance)))
 
 
 @cache
@@ -128,20 +129,22 @@ REACHING: dict[str, tuple[str, dict[str, Any], Feedback | None]] = {
 @pytest.mark.parametrize("name", REACHING)
 def test_methods_that_reach_equation_1(name: str) -> None:
     method, settings, feedback = REACHING[name]
-    found = population_optimum(method, prompts(1000).instance, feedback, **settings)
+    given, optimal = thousand()
+    found = population_optimum(method, given.instance, feedback, **settings)
     assert_found(found)
     assert found.log_policy.dtype == np.float64 and found.log_policy.shape == (1000, 5)
-    assert total_variation(found, eq_1(1000)) <= 1e-6
-    apart = found.log_policy - np.log(prompts(1000).p)
+    assert total_variation(found, optimal) <= 1e-6
+    apart = found.log_policy - np.log(given.p)
     for bound in (found.low, found.high):
         np.testing.assert_allclose(bound, apart - apart[:, :1], rtol=1e-9, atol=1e-9)
 
 
 def test_a_product_distribution_of_any_kind_leads_to_equation_1() -> None:
+    given, optimal = thousand()
     for mu in (shown(1000), 5 * shown(1000)[0]):
-        found = population_optimum("dpo", prompts(1000).instance, Feedback(sampling=mu))
+        found = population_optimum("dpo", given.instance, Feedback(sampling=mu))
         assert_found(found)
-        assert total_variation(found, eq_1(1000)) <= 1e-6
+        assert total_variation(found, optimal) <= 1e-6
 
 
 # Methods with a closed form of their own.
@@ -163,7 +166,7 @@ def test_ipo() -> None:
 
 def test_ipo_on_policy() -> None:
     """A fixed point, unique: the equilibrium of a game that is symmetric and regularised."""
-    given = prompts(256)
+    given, _ = thousand()
     found = population_optimum("ipo", given.instance, Feedback(sampling="policy"))
     assert_found(found)
     pi = np.exp(found.log_policy)
@@ -185,7 +188,7 @@ def reverse_tilt(p: Numbers, r: Numbers, beta: float) -> Numbers:
 
 
 def test_grpo_with_k3() -> None:
-    given = prompts(1000)
+    given, _ = thousand()
     found = population_optimum("grpo", given.instance, normalize_std=False, kl="k3")
     assert_found(found)
     wanted = np.array([reverse_tilt(*x) for x in zip(given.p, given.r, given.beta, strict=True)])
@@ -284,10 +287,17 @@ def test_groups_with_std_come_to_rest_where_the_expected_gradient_is_zero() -> N
 
 
 def test_simpo() -> None:
+    """Of the reference nothing is left, however far from it and however steep the loss is there."""
     given = prompts(256)
-    found = population_optimum("simpo", given.instance, Feedback(sampling=shown(256)))
-    assert_found(found)
-    assert total_variation(found, softmax(given.r / given.beta[:, None])) <= 1e-6
+    wanted = softmax(given.r / given.beta[:, None])
+    rare = np.linspace(1, 40, 5) * np.random.default_rng(0).uniform(size=(256, 1))
+    with jax.enable_x64(True):
+        p = softmax(-rare)
+        skewed = Instance.from_probs(p, p, given.r, 0.5, given.beta)
+    for instance in (given.instance, skewed):
+        found = population_optimum("simpo", instance, Feedback(sampling=shown(256)))
+        assert_found(found)
+        assert total_variation(found, wanted) <= 1e-6
 
 
 EPSILON = 0.1
@@ -623,6 +633,25 @@ def test_slic_with_little_cross_entropy_nears_the_hinge() -> None:
     np.testing.assert_allclose(np.exp(much.log_policy), given.p, atol=1e-5)
 
 
+def test_slic_with_outputs_that_are_all_but_never_seen() -> None:
+    """Their share of π over their share of p_ref has a limit."""
+    rare = np.array([1e-6, 1e-8, 1e-10, 1e-12])
+    p = np.stack([np.full(4, 0.4), 0.6 - rare, rare], axis=1)
+    with jax.enable_x64(True):
+        instance = Instance.from_probs(p, p, np.array([0.0, 1.0, 2.0]), 0.5, 1.0)
+    for weight in (1e-3, 0.1, 1.0):
+        found = population_optimum("slic", instance, regularization=weight)
+        assert_found(found)
+        apart = found.log_policy[:, 2] - np.log(rare)
+        np.testing.assert_allclose(apart[1:], apart[-1], atol=1e-4)
+    rng = np.random.default_rng(0)
+    p = np.maximum(rng.dirichlet(np.full(5, 0.3), 200), 1e-10)
+    p /= p.sum(axis=1, keepdims=True)
+    with jax.enable_x64(True):
+        instance = Instance.from_probs(p, p, rng.normal(size=(200, 5)), 0.5, 1.0)
+    assert_found(population_optimum("slic", instance))
+
+
 # KTO.
 
 
@@ -870,6 +899,20 @@ def test_equal_rewards_leave_the_reference() -> None:
         found = population_optimum(method, instance)
         assert_found(found)
         np.testing.assert_allclose(np.exp(found.log_policy), p, atol=1e-9)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    row = single([0.5, 0.3, 0.2], [0, 1, 3], 0.5)
+    plain = population_optimum("dpo", row, label_smoothing=0.1)
+    for number in (np.float64(0.1), np.asarray(0.1), jax.numpy.asarray(0.1)):
+        found = population_optimum("dpo", row, label_smoothing=number)
+        np.testing.assert_allclose(found.log_policy, plain.log_policy, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dpo", "ipo", "slic", "hinge", "orpo", "rloo"])
+def test_an_only_output_keeps_all_mass(method: str) -> None:
+    found = population_optimum(method, single([1.0, 0.0], [0, 1], 0.5))
+    assert found.log_policy.tolist() == [0.0, -np.inf]
 
 
 def test_one_instance_is_a_batch_of_one() -> None:

@@ -62,7 +62,7 @@ def judge(how: Method, prompts: Prompt, hyper: dict[str, Any]) -> tuple[np.ndarr
     status[np.any(pairs & ~groups, axis=(1, 2))] = OptimumStatus.NOT_UNIQUE
     if how.attained == "wins":
         never = np.any(support & ~before.any(axis=2), axis=1)
-        status[never] = OptimumStatus.NOT_ATTAINED
+        status[never & before.any(axis=(1, 2))] = OptimumStatus.NOT_ATTAINED
     if how.attained == "connected":
         net = how.net(np.asarray(prompts.weights), hyper)
         edges = before if net is None else net > 0

@@ -92,7 +92,9 @@ def hinge_with_cross_entropy(
     z, rest = w / 2, w / 2  # rest = W - z, kept apart lest it cancel
     slack = np.maximum(margin, margin - _apart(x)) + 1.0
     room = slack - margin + _apart(x)
-    free = (support[:, :, None] & support[:, None]) / n + ~support[:, :, None] * np.eye(n)
+    # Against the heaviest output, since x has a constant to spare.
+    moves = support & (np.arange(n) != target.argmax(axis=1)[:, None])
+    both_move = moves[:, :, None] & moves[:, None]
     last, steps = np.full(num, np.inf), np.zeros(num, np.int32)
     for _ in range(_MAX_STEPS):
         going = last > _STEP
@@ -105,13 +107,17 @@ def hinge_with_cross_entropy(
         gain = (t / z - room) - (t / rest - slack)
         pi = np.where(support, np.exp(x - x.max(axis=1, keepdims=True)), 0.0)
         pi /= pi.sum(axis=1, keepdims=True)
-        hessian = regularization * (_diagonal(pi) - pi[:, :, None] * pi[:, None]) + free
+        hessian = regularization * (_diagonal(pi) - pi[:, :, None] * pi[:, None])
         both = np.where(used, stiff, 0.0)
         both = both + both.swapaxes(1, 2)
         hessian += _diagonal(both.sum(axis=2)) - both
         pull = np.where(used, z + stiff * gain, 0.0)  # of winners up, of losers down
         slope = pull.sum(axis=2) - pull.sum(axis=1) + regularization * (target - pi)
-        dx = np.linalg.solve(hessian, slope[..., None])[..., 0]
+        hessian = np.where(both_move, hessian, np.eye(n))
+        # In units of its diagonal: a rare output's entries are as small as it is rare.
+        unit = 1 / np.sqrt(np.diagonal(hessian, axis1=1, axis2=2))
+        scaled = hessian * unit[:, :, None] * unit[:, None] + 1e-15 * np.eye(n)
+        dx = unit * np.linalg.solve(scaled, (unit * np.where(moves, slope, 0.0))[..., None])[..., 0]
         dz = stiff * (gain - _apart(dx))
         dslack = t / rest - slack + dz * slack / rest
         droom = t / z - room - dz * room / z

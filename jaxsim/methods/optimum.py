@@ -21,8 +21,6 @@ from jaxsim.tilting import center, log_reference
 
 TOLERANCE = 1e-9
 """A solve ends when the last Newton step moved no log-ratio by more (nats)."""
-CLOSE = 1e-7
-"""Where rounding keeps steps from getting that small, one that has ended thus is found (nats)."""
 _TILE = 128  # instances that are solved side by side
 _COLLAPSED = 1e-14  # a policy has collapsed once its best output lacks no more mass than this
 _ROUNDING = 1e-12
@@ -64,7 +62,8 @@ def population_optimum(
     The expectation of the method's loss over all outputs is minimised, or the fixed point of its
     expected policy gradient found, in float64, on the host's devices. Newton's method starts from
     p_ref and ends when a step moves no log-ratio by more than 1e-9; a small gradient alone would
-    prove nothing. Where several points are at rest it is the one that is met first on the way.
+    prove nothing. Where several points are at rest it is the one that is met first on the way; but
+    for "kto" with β > 1, a local optimum, not always that one.
 
     Args:
         method: "reward_model" (with eq. (1) on the fitted reward), "dpo", "robust_dpo", "ipo",
@@ -89,6 +88,10 @@ def population_optimum(
         TypeError: for an instance that is none.
         ValueError: for an unknown method or hyperparameter, or feedback that does not fit.
 
+    Numerics:
+        The linear programme of the hinge cannot see pairs 10^10 times rarer than the commonest:
+        whether an optimum that hangs on these is unique may be misreported.
+
     Example:
         >>> import numpy as np
         >>> from jaxsim import Instance, optimal_policy, population_optimum
@@ -106,7 +109,11 @@ def population_optimum(
         raise ValueError(f"{method}: unknown hyperparameter {unknown[0]!r}; expected {known}")
     if how.kind == "samples" and feedback is not None:
         raise ValueError(f"{method} learns from the policy's own samples: expected no feedback")
-    hyper = how.defaults | hyperparameters
+    # Plain numbers, which can be hashed, from NumPy's and JAX's.
+    given = {
+        k: v.item() if getattr(v, "shape", None) == () else v for k, v in hyperparameters.items()
+    }
+    hyper = how.defaults | given
     if not callable(method):
         _check_settings(method, how, hyper)
     with jax.enable_x64(True):
@@ -247,11 +254,15 @@ def _check_given(how: Method, given: np.ndarray, num: int, n: int) -> None:
 
 def _solve(how: Method, feedback: Feedback, prompts: Prompt, hyper: dict[str, Any]) -> Optimum:
     """Solve a batch of prompts: first whether there is an optimum, then where."""
-    settings = (how, feedback, tuple(sorted(hyper.items())))
-    if how.solver != "newton" and feedback.sampling == "policy":
-        raise ValueError("its optimum is not solved for where outputs are sampled on-policy")
+    on_policy = feedback.sampling == "policy"
+    if how.solver != "newton" and on_policy:
+        raise ValueError(
+            "feedback.sampling is 'policy': this method's optimum is not solved for on-policy"
+        )
     if how.kind != "samples" and prompts.weights is None:
-        prompts = replace(prompts, weights=_by_tiles(_weigher(*settings[:2]), prompts))
+        prompts = replace(prompts, weights=_by_tiles(_weigher(how, feedback), prompts))
+    # Off-policy the solver sees feedback by its weights alone, and need not be compiled anew.
+    settings = (how, feedback if on_policy else Feedback(), tuple(sorted(hyper.items())))
     if how.solver == "margin":
         return _of_margin(how, prompts, hyper)
     status, groups = judge(how, prompts, hyper)
@@ -260,7 +271,7 @@ def _solve(how: Method, feedback: Feedback, prompts: Prompt, hyper: dict[str, An
         return _optimum(prompts, status, groups, s, residue, np.zeros(len(s), np.int32))
     rest = _rest(settings, prompts, groups, status <= OptimumStatus.NOT_UNIQUE)
     lost = ~np.isfinite(rest.s).all(axis=1)
-    if not how.convex or feedback.sampling == "policy":
+    if not how.convex or on_policy:
         lost |= ~_stable(rest.matrix)  # a point at rest that the flow would leave
     # Of a flow that ran away to one output, the limit.
     logits = np.where(prompts.support, prompts.log_ref + rest.s, -np.inf)
@@ -281,6 +292,7 @@ class Rest:
         steps: taken.
         running: steps for which all mass has been on one output and ran to it without slowing down.
         pace: the largest rate before the last step.
+        size: of the rate's Jacobian at the start.
         matrix: minus the rate's Jacobian, the free directions filled in.
     """
 
@@ -289,6 +301,7 @@ class Rest:
     steps: Any
     running: Any
     pace: Any
+    size: Any
     matrix: Any
 
     @property
@@ -345,7 +358,6 @@ def _by_tiles(function: Callable[..., Any], *batches: Any) -> Any:
     """Map a compiled function over tiles of one size, and join what it returns, in NumPy."""
     num = len(jax.tree.leaves(batches)[0])
     size = min(_TILE, num)
-
     parts = []
     # One after the other: two at once, each in LAPACK on XLA's threads, can wait for each other.
     for first in range(0, num, size):
@@ -372,7 +384,11 @@ def _newton(
         n = prompt.reward.size
         # What feedback leaves free, a constant in each group of outputs, stays as it is: zero.
         free = groups / jnp.sum(groups, axis=1, keepdims=True)
+        # Where there is no reference in the loss, from where it is not saturated: all alike.
         start = jnp.zeros(n)
+        if not how.reference:
+            start = -at.scale * jnp.where(prompt.support, prompt.log_ref, 0.0)
+            start = start - free @ start
         first = jnp.max(jnp.abs(at.rate(start)))
 
         def advance(rest: Rest) -> Rest:
@@ -382,8 +398,9 @@ def _newton(
             # Far from rest a method whose loss is not convex follows its flow, so as to end where
             # that would: implicit Euler steps that grow as the rate falls and, lest a run to
             # infinity take for ever, with time; explicit ones where the flow diverges and an
-            # implicit step would go backwards.
-            damping = 0.0 if convex else jnp.minimum(1.0, pace / first)
+            # implicit step would go backwards. The rate's unit is that of its Jacobian.
+            size = jnp.where(rest.steps == 0, jnp.max(jnp.abs(matrix - free)), rest.size)
+            damping = 0.0 if convex else size * jnp.minimum(1.0, pace / first)
             if how.kind == "samples":
                 damping = damping * 0.95**rest.steps
             move = jnp.linalg.solve(matrix + damping * jnp.eye(n), r)
@@ -404,11 +421,13 @@ def _newton(
                 running=jnp.where(
                     (how.kind == "samples")
                     & (jnp.sum(pi) - jnp.max(pi) < _COLLAPSED)
+                    & (r[jnp.argmax(pi)] >= jnp.max(jnp.where(prompt.support, r, -jnp.inf)))
                     & (pace >= jnp.maximum(rest.pace * (1 - _ROUNDING), 0.1 * first)),
                     rest.running + 1,
                     0,
                 ),
                 pace=pace,
+                size=size,
                 matrix=matrix,
             )
 
@@ -425,6 +444,7 @@ def _newton(
                 steps=jnp.asarray(0, jnp.int32),
                 running=jnp.asarray(0, jnp.int32),
                 pace=jnp.asarray(jnp.inf),
+                size=jnp.asarray(0.0),
                 matrix=jnp.eye(n),
             ),
         )
@@ -446,7 +466,7 @@ def _optimum(
     tried = status <= OptimumStatus.NOT_UNIQUE
     empty = np.any(prompts.support & np.isneginf(s), axis=1)
     status[tried & empty] = OptimumStatus.NOT_ATTAINED
-    status[tried & ~(last_step <= CLOSE)] = OptimumStatus.NOT_FOUND
+    status[tried & ~(last_step <= TOLERANCE)] = OptimumStatus.NOT_FOUND
     support = prompts.support
     s = np.where(support & tried[:, None], s, -np.inf)
     log_policy = _log_softmax(np.where(support, prompts.log_ref, -np.inf) + s)

@@ -73,6 +73,7 @@ class Method:
         convex: whether the expected loss is convex in s.
         attained: when a minimum is attained: "always", when wins are strongly "connected", or when
             every output "wins".
+        reference: whether the loss depends on the reference.
         scaled: whether it is β s that the feedback fixes; steps are taken in that.
         net: the weight with which each pair pulls its outputs apart, of (weights, hyperparameters);
             None where it is the weight itself.
@@ -86,6 +87,7 @@ class Method:
     ratios: bool = True
     convex: bool = True
     attained: str = "always"
+    reference: bool = True
     scaled: bool = True
     most_steps: int = 200
     net: Callable[[Any, dict[str, Any]], Any] = lambda weights, hyper: None
@@ -175,6 +177,7 @@ METHODS: dict[str, Method] = {
     "simpo": Method(
         kind="pairs",
         function=_without_reference(pairwise.simpo_loss),
+        reference=False,
         attained="connected",
         defaults={"gamma": 0.0},
     ),
@@ -297,7 +300,10 @@ def _equations_of_loss(
 
     def per_appearance(x: Array, weights: Array) -> Array:
         met = appearances(weights).reshape((-1,) + (1,) * (x.ndim - 1))
-        return jnp.where(met > 0, x / jnp.where(met > 0, met, 1.0), 0.0)
+        # On-policy this is differentiated, and a quotient's derivative divides by met², which
+        # underflows: of shares, by 1.
+        unit = jax.lax.stop_gradient(jnp.where(met > 0, met, 1.0))
+        return jnp.where(met > 0, (x / unit) / jnp.where(met > 0, met / unit, 1.0), 0.0)
 
     def rate(u: Vector) -> Vector:
         log_policy = log_policy_at(u)
